@@ -1,0 +1,1 @@
+"""What is submitted to the cluster: one module a job, `python -m jobs.NAME --config FILE`."""

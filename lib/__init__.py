@@ -1,0 +1,1 @@
+"""What Whorl's jobs and applications share. Imports neither `jobs` nor `serve`."""

@@ -1,0 +1,165 @@
+"""What one stage hands on to the next, and where each lies under the storage root.
+
+    datasets/NAME/FINGERPRINT/   DatasetRef   manifest.json, {train,validation,test}/part-*.parquet
+    runs/RUN_ID/model/           RunRef       exported best checkpoint, a model directory
+    runs/RUN_ID/evaluation/      EvalReport   report.json, report.html, *.png
+    models/NAME/VERSION/         ModelRef     a registered model version; never changes
+
+A model directory holds config.json, model.safetensors, the tokenizer's files and task.json.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lib import storage
+from lib.errors import DataError, ModelError, RegistryError
+
+SPLITS = ("train", "validation", "test")
+TASK_FILE = "task.json"
+# What unpickles on loading. A directory that holds one of these is refused, whatever else it holds.
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")
+
+
+@dataclass(frozen=True)
+class DatasetRef:
+    """An immutable, fingerprinted folder of Parquet shards with a manifest."""
+
+    name: str
+    fingerprint: str
+
+    @property
+    def uri(self) -> str:
+        return storage.join(storage.root(), "datasets", self.name, self.fingerprint)
+
+    def exists(self) -> bool:
+        return storage.published(self.uri)
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises DataError when the dataset was never published."""
+        if not self.exists():
+            raise DataError(f"no dataset {self.name}/{self.fingerprint}; run python -m jobs.preprocess first")
+        manifest: dict[str, Any] = storage.read_json(storage.join(self.uri, "manifest.json"))
+        return manifest
+
+    def shards(self, split: str) -> list[str]:
+        """URIs of one split's Parquet files, in order; empty when the split has no rows."""
+        folder = storage.join(self.uri, split)
+        return [storage.join(folder, f) for f in storage.ls(folder) if f.endswith(".parquet")]
+
+
+@dataclass(frozen=True)
+class RunRef:
+    """One execution of a job: an MLflow run and its folder in storage."""
+
+    id: str
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return storage.join(storage.root(), "runs", self.id)
+
+    @property
+    def model_uri(self) -> str:
+        return storage.join(self.uri, "model")
+
+    @property
+    def evaluation_uri(self) -> str:
+        return storage.join(self.uri, "evaluation")
+
+    @property
+    def checkpoints_uri(self) -> str:
+        return storage.join(self.uri, "checkpoints")
+
+    def evaluation(self) -> EvalReport:
+        """Raises RegistryError when the run was never evaluated."""
+        if not storage.published(self.evaluation_uri):
+            raise RegistryError(
+                f"run {self.id} was never evaluated; run python -m jobs.evaluate --evaluation.run {self.id}"
+            )
+        return EvalReport.read(self.evaluation_uri)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A registered model version."""
+
+    name: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    @property
+    def uri(self) -> str:
+        return storage.join(storage.root(), "models", self.name, str(self.version))
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """What was measured on the test split. Every figure in it was computed by the run that wrote it."""
+
+    name: str
+    run: str
+    dataset: str
+    labels: list[str]
+    rows: int
+    metrics: dict[str, float]
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    confusion: list[list[int]] = field(default_factory=list)
+    slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        storage.write_json(str(folder / "report.json"), asdict(self))
+
+    @classmethod
+    def read(cls, uri: str) -> EvalReport:
+        return cls(**storage.read_json(storage.join(uri, "report.json")))
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """task.json: what a model directory is for, so that it can be served from its files alone."""
+
+    task: str
+    labels: list[str]
+    max_length: int
+    base: str
+    dataset: str
+    format: int = 1
+
+    def write(self, folder: Path) -> None:
+        storage.write_json(str(folder / TASK_FILE), asdict(self))
+
+    @classmethod
+    def read(cls, folder: Path) -> TaskFile:
+        """Raises ModelError when the directory holds no task.json of a format that this code knows."""
+        path = folder / TASK_FILE
+        if not path.is_file():
+            raise ModelError(f"{folder} holds no {TASK_FILE}; it was not exported by python -m jobs.finetune")
+        values = storage.read_json(str(path))
+        if values.get("format") != 1:
+            raise ModelError(
+                f"{path} has format {values.get('format')!r}; this version of Whorl reads format 1"
+            )
+        return cls(**values)
+
+
+def check_model_directory(folder: Path) -> None:
+    """Refuse a directory that is absent, lacks safetensors weights, or holds pickled ones.
+
+    Raises ModelError with one line.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"no model directory {folder}; give sample://NAME, a directory or a hub id")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json, so it is not a model directory")
+    files = [p for p in folder.iterdir() if p.is_file()]
+    if not any(p.suffix == ".safetensors" for p in files):
+        pickled = sorted(p.name for p in files if p.suffix in PICKLES)
+        holds = f"holds {pickled[0]}, which unpickles on loading" if pickled else "holds no weights"
+        raise ModelError(f"{folder} {holds}; convert the weights to model.safetensors (save_pretrained does)")

@@ -1,0 +1,372 @@
+"""Every configuration key of every job and application, in one place.
+
+One YAML describes one use (`jobs/configs/reviews.yaml`); every job and application reads the same file
+and takes its own section. The command line overrides single keys: `--training.epochs 2`. Unknown keys,
+wrong types and impossible values end in one line that names the key (ConfigError). Imports neither torch
+nor ray, so that `--help` and a mistake in a file answer in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lib.errors import ConfigError, nearest
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Columns(Section):
+    """Names of the columns in the source."""
+
+    text: str = "text"
+    label: str = "label"
+
+
+class Split(Section):
+    """Shares of the rows; a row's place depends on its text and the seed alone."""
+
+    train: Share = 0.8
+    validation: Share = 0.1
+    test: Share = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> Split:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, not {total:g}")
+        if self.train == 0:
+            raise ValueError("train must be above 0")
+        return self
+
+
+class DataSettings(Section):
+    """From raw rows to a dataset (`jobs.preprocess`)."""
+
+    source: str | Annotated[list[str], Field(min_length=1)]
+    """URI, glob or folder of CSV, JSON Lines or Parquet, or `sample://NAME`; several are read in order."""
+    columns: Columns = Columns()
+    labels: dict[str, str] | list[str]
+    """Value in the source → label, or the list of labels when the source already holds them."""
+    slices: dict[str, str] = {}
+    """Name → source column: carried along so that evaluation reports each value on its own."""
+    limit: Positive | None = None
+    """Take only the first rows of the source."""
+    split: Split = Split()
+    rows_per_shard: Positive = 20_000
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _labels(cls, value: Any) -> Any:
+        # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
+        if isinstance(value, dict):
+            value = {_label_key(k): v for k, v in value.items()}
+        elif isinstance(value, list):
+            value = [_label_key(v) for v in value]
+        if (
+            isinstance(value, (dict, list))
+            and len(set(value.values() if isinstance(value, dict) else value)) < 2
+        ):
+            raise ValueError("at least two different labels are needed")
+        return value
+
+    @field_validator("slices")
+    @classmethod
+    def _slices(cls, value: dict[str, str]) -> dict[str, str]:
+        taken = {"id", "text", "label", "input_ids", "length", "truncated"} & set(value)
+        if taken:
+            raise ValueError(
+                f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
+            )
+        return value
+
+    @property
+    def sources(self) -> list[str]:
+        return [self.source] if isinstance(self.source, str) else list(self.source)
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Value in the source (as text) → label."""
+        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, in the order in which the configuration first names them: class i is the i-th."""
+        return list(dict.fromkeys(self.label_map.values()))
+
+
+def _label_key(value: Any) -> str:
+    """A label value as the text it is compared by: 3, 3.0 and "3" are one, True is "true"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+class ModelSettings(Section):
+    """What is fine-tuned."""
+
+    base: str
+    """`sample://NAME`, a local directory, any storage URI, or a hub id."""
+    max_length: Annotated[int, Field(ge=8)] = 256
+    """Longest sequence in tokens, special tokens included; longer texts are cut."""
+    dropout: Share | None = None
+    """Dropout of the encoder; None keeps what the base model's config says."""
+    trust_remote_code: bool = False
+
+
+class TrainingSettings(Section):
+    """From a dataset to a model (`jobs.finetune`): Ray Train workers, each with a DeepSpeed engine."""
+
+    workers: Positive = 2
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """ZeRO stage (Rajbhandari et al. 2020): 0 replicates, 1 shards optimiser state, 2 gradients too, 3 parameters too."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the processor or GPU has it, else fp32."""
+    epochs: Positive = 3
+    max_steps: Positive | None = None
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup: Share = 0.1
+    """Share of all steps over which the learning rate rises from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    tokens_per_batch: Positive = 2048
+    """Padded tokens in one micro-batch of one worker."""
+    accumulation: Positive = 1
+    """Micro-batches between two optimiser steps."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest L2 norm of the gradient; 0 switches clipping off."""
+    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    """balanced: rows / (classes · rows of the class), or a weight for each label."""
+    label_smoothing: Share = 0.0
+    validate_every: Literal["epoch"] | Positive = "epoch"
+    """Validate after each epoch, or every N optimiser steps."""
+    metric: str = "macro_f1"
+    """The validation metric that decides which checkpoint is best and when to stop (`loss` counts down)."""
+    patience: Positive | None = 2
+    """Stop after this many validations without a better metric; None trains to the end."""
+    min_delta: Annotated[float, Field(ge=0)] = 0.0
+    """What counts as better."""
+    shuffle_rows: Positive = 4096
+    """Rows one worker holds while it shuffles and forms batches of like lengths."""
+    log_every: Positive = 10
+    seed: int = 0
+
+
+class EvaluationSettings(Section):
+    """How a run's model is measured on the test split (`jobs.evaluate`)."""
+
+    run: str | None = None
+    """Run id; None takes the latest finished fine-tuning run of this name."""
+    bootstrap: Annotated[int, Field(ge=0)] = 1000
+    """Resamples behind the confidence interval."""
+    calibration_bins: Positive = 15
+    tokens_per_batch: Positive = 8192
+
+
+class PromotionSettings(Section):
+    """When a candidate becomes champion (`jobs.promote`)."""
+
+    run: str | None = None
+    """Run id; None takes the latest evaluated run of this name."""
+    metric: str = "macro_f1"
+    min_gain: Annotated[float, Field(ge=0)] = 0.0
+    """How far above each baseline and the present champion the metric must be."""
+    require: bool = False
+    """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
+
+
+class ServingSettings(Section):
+    """How the champion answers (`serve.deploy`)."""
+
+    model: str | None = None
+    """`NAME@champion`, `NAME@VERSION`; None follows the champion of this configuration's name."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    engine: Literal["auto", "torch", "openvino"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Positive | None = None
+    """Threads of one replica's engine; None takes the machine's cores."""
+    min_replicas: Annotated[int, Field(ge=0)] = 1
+    max_replicas: Positive = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    max_ongoing_requests: Positive = 64
+    max_queued_requests: Annotated[int, Field(ge=-1)] = 256
+    """Requests waiting beyond this are answered 503 at once; -1 is no bound."""
+    cpus_per_replica: Annotated[float, Field(gt=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    tokens_per_batch: Positive = 4096
+    request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    max_inputs: Positive = 256
+    max_chars: Positive = 20_000
+    max_body_bytes: Positive = 4_000_000
+
+    @model_validator(mode="after")
+    def _replicas(self) -> ServingSettings:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"min_replicas {self.min_replicas} is above max_replicas {self.max_replicas}")
+        return self
+
+
+class Settings(Section):
+    """One use, whole: what `jobs/configs/*.yaml` holds."""
+
+    name: Name
+    """Names the dataset, the runs and the registered model."""
+    task: str
+    """A module of `lib.tasks`."""
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    promotion: PromotionSettings = PromotionSettings()
+    serving: ServingSettings = ServingSettings()
+
+    @field_validator("task")
+    @classmethod
+    def _task(cls, value: str) -> str:
+        known = task_names()
+        if value not in known:
+            raise ValueError(f"no task {value!r}{nearest(value, known)} (known: {', '.join(known)})")
+        return value
+
+    @model_validator(mode="after")
+    def _weights(self) -> Settings:
+        weights = self.training.class_weights
+        if isinstance(weights, dict):
+            for label in weights:
+                if label not in self.data.label_names:
+                    raise ValueError(
+                        f"training.class_weights: no label {label!r}{nearest(label, self.data.label_names)}"
+                    )
+        return self
+
+
+def task_names() -> list[str]:
+    """The tasks there are: the modules of `lib/tasks`, found by looking, not by a list."""
+    folder = Path(__file__).parent / "tasks"
+    return sorted(p.stem for p in folder.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_settings(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
+    """Read a YAML file and apply overrides such as `["--training.epochs", "2"]`.
+
+    Raises ConfigError, in one line, for a file that cannot be read, an unknown key (with the nearest
+    known one), a wrong type or an impossible value.
+    """
+    values = _read_yaml(Path(path))
+    for key, text in parse_overrides(overrides).items():
+        _set(values, key, text)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe(error)}") from None
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+    """`--a.b value` and `--a.b=value` as {"a.b": "value"}."""
+    parsed: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"unexpected argument {word!r}; overrides look like --training.epochs 2")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE")
+            value = rest.pop(0)
+        parsed[key.replace("-", "_")] = value
+    return parsed
+
+
+def describe(error: ValidationError) -> str:
+    """Pydantic's findings as one line: key, what is wrong, the mend."""
+    lines: list[str] = []
+    for finding in error.errors():
+        line = _describe_one(finding)
+        if line not in lines:
+            lines.append(line)
+    return "; ".join(lines)
+
+
+def _describe_one(finding: Any) -> str:
+    # Members of a union appear in the path (`labels.list[str].0`); a user knows only keys.
+    path = [
+        str(p) for p in finding["loc"] if not str(p).startswith(("dict[", "list[", "literal[", "constrained"))
+    ]
+    path = [p for p in path if p not in ("str", "int", "float")]
+    key = ".".join(path)
+    match finding["type"]:
+        case "extra_forbidden":
+            known = _known_keys(path[:-1])
+            near = nearest(path[-1], known)
+            return f"unknown key {key!r}{near or ' (known here: ' + ', '.join(known) + ')'}"
+        case "missing":
+            return f"{key} is missing; add it"
+        case "value_error":
+            message = str(finding["ctx"]["error"])
+            return f"{key}: {message}" if key else message
+        case _:
+            return f"{key}: {finding['msg'][0].lower()}{finding['msg'][1:]}, got {finding['input']!r}"
+
+
+def _known_keys(path: list[str]) -> list[str]:
+    section: type[BaseModel] = Settings
+    for part in path:
+        field = section.model_fields.get(part)
+        if field is None or not (
+            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ):
+            return []
+        section = field.annotation
+    return list(section.model_fields)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = nearest(
+            path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        )
+        raise ConfigError(f"no configuration file {path}{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values, such as `task: sentiment`")
+    return values
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, last = key.split(".")
+    for part in parents:
+        child = values.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--{key}: {part!r} is a value, not a section")
+        values = child
+    values[last] = value

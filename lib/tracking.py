@@ -1,0 +1,262 @@
+"""Runs, written down in MLflow: parameters, curves, plots, the resolved configuration, the environment.
+
+`WHORL_DATABASE` is the URL of the database (SQLite under the storage root by default, PostgreSQL at
+scale); artifacts lie under the storage root. No MLflow server is needed: jobs write to both directly,
+and `make ui` shows them. mlflow takes seconds to import, so it is imported when a run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lib import storage
+from lib.artifacts import RunRef
+from lib.errors import RegistryError, StorageError, WhorlError
+from lib.settings import Settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+PACKAGES = (
+    "ray",
+    "torch",
+    "transformers",
+    "deepspeed",
+    "pyarrow",
+    "tokenizers",
+    "openvino",
+    "scikit-learn",
+    "mlflow",
+)
+
+
+def database_url() -> str:
+    """SQLAlchemy URL of the database that holds runs and the model registry."""
+    url = os.environ.get("WHORL_DATABASE")
+    if url:
+        return url
+    return f"sqlite:///{storage.PROJECT / '.whorl' / 'whorl.db'}"
+
+
+def places() -> dict[str, str]:
+    """The environment that makes another process keep its files and rows where this one does."""
+    return {"WHORL_STORAGE": storage.root(), "WHORL_DATABASE": database_url()}
+
+
+def client() -> MlflowClient:
+    """An MLflow client on the database. Raises StorageError when it cannot be opened."""
+    # The hub of plug-ins is not needed, and its telemetry must not leave a company's machines.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    url = database_url()
+    if url.startswith("sqlite:///"):
+        try:
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"WHORL_DATABASE {url}: cannot make its folder: {error.strerror}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from mlflow import MlflowClient
+
+        try:
+            return MlflowClient(tracking_uri=url, registry_uri=url)
+        except Exception as error:
+            raise StorageError(f"WHORL_DATABASE {url}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open or finished run."""
+
+    ref: RunRef
+    client: MlflowClient
+
+    def log_metrics(self, values: dict[str, float], step: int = 0) -> None:
+        from mlflow.entities import Metric
+        from mlflow.utils.time import get_current_time_millis
+
+        now = get_current_time_millis()
+        metrics = [Metric(k, float(v), now, step) for k, v in values.items()]
+        self.client.log_batch(self.ref.id, metrics=metrics)
+
+    def log_file(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.ref.id, str(path), folder)
+
+    def log_dict(self, values: dict[str, Any], file: str) -> None:
+        self.client.log_dict(self.ref.id, values, file)
+
+    def tag(self, **tags: str) -> None:
+        for key, value in tags.items():
+            self.client.set_tag(self.ref.id, key, value)
+
+    def tags(self) -> dict[str, str]:
+        return dict(self.client.get_run(self.ref.id).data.tags)
+
+
+@contextmanager
+def start_run(kind: str, settings: Settings) -> Iterator[Run]:
+    """Open a run of a job (`finetune`, `tune` …); it ends FINISHED, FAILED or KILLED.
+
+    The resolved configuration and the environment are written first, so that a failed run can be
+    understood too.
+    """
+    db = client()
+    experiment = _experiment(db, settings.name)
+    tags = {"kind": kind, "name": settings.name, "task": settings.task, "status": "running"}
+    if pipeline := os.environ.get("WHORL_PIPELINE"):
+        tags["pipeline"] = pipeline
+    tags["git_commit"] = git_commit()
+    created = db.create_run(experiment, tags=tags, run_name=f"{kind}-{settings.name}")
+    run = Run(RunRef(created.info.run_id, settings.name), db)
+    params = {k: str(v)[:6000] for k, v in _flatten(settings.model_dump(mode="json")).items()}
+    from mlflow.entities import Param
+
+    db.log_batch(run.ref.id, params=[Param(k, v) for k, v in params.items()])
+    db.log_text(run.ref.id, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
+    db.log_text(run.ref.id, json.dumps(environment(), indent=2), "environment.json")
+    try:
+        yield run
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        if isinstance(error, WhorlError):
+            run.tag(error=str(error)[:4000])
+        db.set_terminated(run.ref.id, status=status)
+        raise
+    db.set_terminated(run.ref.id, status="FINISHED")
+
+
+def attach(ref: RunRef) -> Run:
+    """The same run, from another process."""
+    return Run(ref, client())
+
+
+def find_run(settings: Settings, kind: str, run_id: str | None = None) -> Run:
+    """The run with this id, or else the latest finished run of this kind and name.
+
+    Inside a pipeline (`WHORL_PIPELINE` is set) only the pipeline's own runs count, so that two
+    pipelines side by side do not take each other's. Raises RegistryError when there is none.
+    """
+    db = client()
+    if run_id:
+        try:
+            found = db.get_run(run_id)
+        except Exception:
+            raise RegistryError(f"no run {run_id!r} in {database_url_shown()}; make ui lists them") from None
+        return Run(RunRef(found.info.run_id, found.data.tags.get("name", settings.name)), db)
+    experiment = db.get_experiment_by_name(settings.name)
+    where = f"tags.kind = '{kind}' and attributes.status = 'FINISHED'"
+    if pipeline := os.environ.get("WHORL_PIPELINE"):
+        where += f" and tags.pipeline = '{pipeline}'"
+    runs = (
+        db.search_runs(
+            [experiment.experiment_id], where, order_by=["attributes.start_time DESC"], max_results=1
+        )
+        if experiment
+        else []
+    )
+    if not runs:
+        raise RegistryError(f"no finished {kind} run of {settings.name!r}; run python -m jobs.{kind} first")
+    return Run(RunRef(runs[0].info.run_id, settings.name), db)
+
+
+def database_url_shown() -> str:
+    """The database URL without its password, for messages."""
+    from sqlalchemy.engine import make_url
+
+    return make_url(database_url()).render_as_string(hide_password=True)
+
+
+def git_commit() -> str:
+    """The commit of the working tree (`-dirty` when it differs), `WHORL_COMMIT`, or `unknown`."""
+    if given := os.environ.get("WHORL_COMMIT"):
+        return given
+    try:
+        call = [
+            "git",
+            "-C",
+            str(storage.PROJECT),
+            "describe",
+            "--always",
+            "--abbrev=40",
+            "--dirty",
+            "--exclude",
+            "*",
+        ]
+        return subprocess.run(call, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware: what a result depends on besides its configuration."""
+    return {"versions": versions(), "git_commit": git_commit(), "machine": machine()}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory in GiB, operating system."""
+    name, flags = platform.processor(), ""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        text = info.read_text()
+        name = next(
+            (li.split(":")[1].strip() for li in text.splitlines() if li.startswith("model name")), name
+        )
+        flags = next((li.split(":")[1] for li in text.splitlines() if li.startswith("flags")), "")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    bf16 = sorted({"avx512_bf16", "amx_bf16"} & set(flags.split()))
+    return {
+        "cpu": name,
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory, 1),
+        "bf16": bf16,
+        "os": platform.platform(),
+    }
+
+
+def _experiment(db: MlflowClient, name: str) -> str:
+    found = db.get_experiment_by_name(name)
+    if found:
+        return str(found.experiment_id)
+    try:
+        return str(db.create_experiment(name, artifact_location=storage.join(storage.root(), "mlflow", name)))
+    except Exception:
+        # Another job made it between the two calls.
+        found = db.get_experiment_by_name(name)
+        if found is None:
+            raise
+        return str(found.experiment_id)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

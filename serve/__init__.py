@@ -1,0 +1,1 @@
+"""Ray Serve applications: one module an application; `config.yaml` deploys them all."""

@@ -1,0 +1,95 @@
+"""Fixtures that every folder of tests shares. Fast tests need none of Ray's; `ray_cluster` is one for all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports them: no test may reach for the network, and none may see a user's own places.
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS"):
+    os.environ.pop(name, None)
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+WORDS = [
+    "the",
+    "a",
+    "dress",
+    "shirt",
+    "fits",
+    "fit",
+    "is",
+    "was",
+    "great",
+    "good",
+    "love",
+    "bad",
+    "poor",
+    "awful",
+    "okay",
+    "fine",
+    "size",
+    "color",
+    "fabric",
+    "soft",
+]
+
+
+@pytest.fixture
+def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty storage root and database for one test."""
+    folder = tmp_path / "whorl"
+    monkeypatch.setenv("WHORL_STORAGE", str(folder))
+    monkeypatch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model directory: a random BERT, 2 layers, 32 wide, with a word-level tokeniser."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny-base")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    pieces = special + WORDS + [p for p in letters if p not in WORDS] + [f"##{c}" for c in letters]
+    tokenizer = Tokenizer(models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, mask_token="[MASK]", **names).save_pretrained(folder)
+    set_seed(0)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray for all integration tests, with more logical CPUs than the machine has cores."""
+    import ray
+
+    ray.init(
+        num_cpus=8,
+        include_dashboard=False,
+        logging_level="warning",
+        # Ray's socket paths must stay under 107 characters.
+        _temp_dir=f"/tmp/whorl-test-{os.getpid()}",
+        runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
