@@ -125,18 +125,21 @@ def write_json(path: str, value: Any) -> None:
 
 
 @contextmanager
-def publish(destination: str) -> Iterator[Path]:
+def publish(destination: str, replace: bool = False) -> Iterator[Path]:
     """Give a scratch directory; on a clean exit, make it appear whole at `destination`.
 
     On an exception nothing appears. Raises StorageError when `destination` is already published
-    (a published directory never changes) or cannot be written.
+    (datasets and model versions never change) or cannot be written. With `replace` what is there gives
+    way at the very end: for a moment a reader finds nothing, but never a mixture.
     """
     fs, inside = filesystem(destination)
-    if published(destination):
+    if published(destination) and not replace:
         raise StorageError(f"{destination} is already published and never changes")
     with _scratch(fs, inside) as scratch:
         yield scratch
         (scratch / COMPLETE).touch()
+        if replace:
+            remove(destination)
         _move_into_place(fs, scratch, inside, destination)
 
 

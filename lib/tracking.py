@@ -7,6 +7,7 @@ and `make ui` shows them. mlflow takes seconds to import, so it is imported when
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -61,9 +62,13 @@ def client() -> MlflowClient:
     # The hub of plug-ins is not needed, and its telemetry must not leave a company's machines.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
     url = database_url()
+    if "://" not in url:  # MLflow would take it for a folder of files
+        raise StorageError(
+            "WHORL_DATABASE is not a URL such as sqlite:///path or postgresql://user@host/name"
+        )
     if url.startswith("sqlite:///"):
         try:
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +79,28 @@ def client() -> MlflowClient:
         from mlflow import MlflowClient
 
         try:
-            return MlflowClient(tracking_uri=url, registry_uri=url)
+            with _tables_made_once(url):
+                db = MlflowClient(tracking_uri=url, registry_uri=url)
+                db.search_registered_models(max_results=1)  # its tables are looked at on first use only
         except Exception as error:
-            raise StorageError(f"WHORL_DATABASE {url}: {type(error).__name__}: {error}") from error
+            shown = database_url_shown()
+            raise StorageError(f"WHORL_DATABASE {shown}: {type(error).__name__}: {error}") from error
+        return db
+
+
+@contextmanager
+def _tables_made_once(url: str) -> Iterator[None]:
+    """Let one process at a time open an SQLite database.
+
+    The first to open it makes MLflow's tables by some forty migrations; two processes that do so at the
+    same moment both fail ("duplicate column name") and leave a database that neither can use.
+    """
+    if not url.startswith("sqlite:///"):
+        yield
+        return
+    with open(url.removeprefix("sqlite:///") + ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -145,8 +169,8 @@ def attach(ref: RunRef) -> Run:
     return Run(ref, client())
 
 
-def find_run(settings: Settings, kind: str, run_id: str | None = None) -> Run:
-    """The run with this id, or else the latest finished run of this kind and name.
+def find_run(settings: Settings, kind: str, run_id: str | None = None, tag: str | None = None) -> Run:
+    """The run with this id, or else the latest finished run of this kind and name that carries `tag`.
 
     Inside a pipeline (`WHORL_PIPELINE` is set) only the pipeline's own runs count, so that two
     pipelines side by side do not take each other's. Raises RegistryError when there is none.
@@ -162,6 +186,8 @@ def find_run(settings: Settings, kind: str, run_id: str | None = None) -> Run:
     where = f"tags.kind = '{kind}' and attributes.status = 'FINISHED'"
     if pipeline := os.environ.get("WHORL_PIPELINE"):
         where += f" and tags.pipeline = '{pipeline}'"
+    if tag:
+        where += f" and tags.{tag} != ''"
     runs = (
         db.search_runs(
             [experiment.experiment_id], where, order_by=["attributes.start_time DESC"], max_results=1
@@ -170,7 +196,10 @@ def find_run(settings: Settings, kind: str, run_id: str | None = None) -> Run:
         else []
     )
     if not runs:
-        raise RegistryError(f"no finished {kind} run of {settings.name!r}; run python -m jobs.{kind} first")
+        raise RegistryError(
+            f"no finished {kind} run of {settings.name!r}{f' that is {tag}' if tag else ''};"
+            f" run python -m jobs.{'evaluate' if tag == 'evaluated' else kind} first"
+        )
     return Run(RunRef(runs[0].info.run_id, settings.name), db)
 
 
