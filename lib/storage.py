@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,40 @@ def remove(path: str) -> None:
     fs.rm(inside, recursive=True)
 
 
+def find(pattern: str) -> list[str]:
+    """URIs of the files that a glob matches, that lie below a directory at any depth, or of the file
+    itself; sorted. Hidden files and those that begin with `_` are no data and are left out below a
+    directory. Empty when nothing is there."""
+    fs, inside = filesystem(pattern)
+    fs.invalidate_cache()
+    if any(c in inside for c in "*?["):
+        found = _reach(pattern, fs.glob, inside, detail=True)
+        paths = [p for p, entry in found.items() if entry["type"] == "file"]
+    elif _reach(pattern, fs.isdir, inside):
+        below = _reach(pattern, fs.find, inside)
+        skip = len(inside.rstrip("/")) + 1
+        paths = [p for p in below if not any(part.startswith((".", "_")) for part in p[skip:].split("/"))]
+    else:
+        paths = [inside] if _reach(pattern, fs.exists, inside) else []
+    return sorted(str(fs.unstrip_protocol(p)) for p in paths)
+
+
+def size(path: str) -> int:
+    """Bytes of a file. Raises StorageError when it does not exist."""
+    fs, inside = filesystem(path)
+    return int(_reach(path, fs.size, inside) or 0)
+
+
+@contextmanager
+def open_file(path: str, mode: str = "rb") -> Iterator[Any]:
+    """A binary file to read (`rb`) or to write (`wb`; its folder is made). Raises StorageError."""
+    fs, inside = filesystem(path)
+    if mode == "wb":
+        _reach(path, fs.makedirs, inside.rsplit("/", 1)[0], exist_ok=True)
+    with _reach(path, fs.open, inside, mode) as file:
+        yield file
+
+
 def read_bytes(path: str) -> bytes:
     fs, inside = filesystem(path)
     return bytes(_reach(path, fs.cat_file, inside))
@@ -141,6 +175,32 @@ def publish(destination: str, replace: bool = False) -> Iterator[Path]:
         if replace:
             remove(destination)
         _move_into_place(fs, scratch, inside, destination)
+
+
+@contextmanager
+def publish_from_workers(destination: str) -> Iterator[str]:
+    """Like `publish`, for work that is spread over machines: give a URI that each of them writes under.
+
+    On a local or mounted file system it is a hidden sibling, renamed at the end. Elsewhere it is the
+    destination itself, which no reader takes for whole before its marker is written, at the very end;
+    on an exception what was written is removed, and so is what a killed run has left. Raises StorageError
+    when `destination` is already published or cannot be written.
+    """
+    fs, inside = filesystem(destination)
+    if _is_local(fs):
+        with publish(destination) as scratch:
+            yield uri(scratch)
+        return
+    if published(destination):
+        raise StorageError(f"{destination} is already published and never changes")
+    remove(destination)
+    try:
+        yield destination
+    except BaseException:
+        with suppress(StorageError):
+            remove(destination)
+        raise
+    _reach(destination, fs.pipe_file, f"{inside}/{COMPLETE}", b"")
 
 
 @contextmanager
