@@ -10,12 +10,12 @@ A model directory holds config.json, model.safetensors, the tokenizer's files an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lib import storage
-from lib.errors import DataError, ModelError, RegistryError
+from lib.errors import DataError, ModelError, RegistryError, StorageError
 
 SPLITS = ("train", "validation", "test")
 TASK_FILE = "task.json"
@@ -99,26 +99,50 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """What was measured on the test split. Every figure in it was computed by the run that wrote it."""
+    """What was measured on the test split. Every figure in it was computed by the run that wrote it.
+
+    Names of classifiers: `model`, and those of the baselines.
+    """
 
     name: str
     run: str
+    task: str
     dataset: str
+    """Fingerprint of the dataset whose test split was measured."""
     labels: list[str]
     rows: int
     metrics: dict[str, float]
-    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
-    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
-    confusion: list[list[int]] = field(default_factory=list)
-    slices: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    intervals: dict[str, list[float]] = field(default_factory=dict)
+    per_class: dict[str, dict[str, float]]
+    """Label → rows, precision, recall, f1."""
+    confusion: list[list[int]]
+    """Row counts: true class down, predicted class across."""
+    calibration: list[dict[str, float]]
+    """Bins of confidence, low to high: lower, upper, rows, confidence, accuracy."""
+    slices: dict[str, dict[str, dict[str, float]]]
+    """Slice → value → rows, accuracy, macro_f1."""
+    baselines: dict[str, dict[str, float]]
+    """Baseline → the same metrics as `metrics`."""
+    intervals: dict[str, list[float]]
+    """Classifier → lower and upper end of macro-F1's 95% interval; empty without a bootstrap."""
+    differences: dict[str, list[float]]
+    """Baseline → the model's macro-F1 minus its own, and the ends of that difference's 95% interval."""
+    methods: dict[str, str]
+    """Classifier → how it came to its answers, in words."""
+    mistakes: list[dict[str, Any]]
+    """The surest wrong answers, surest first: id, text, label, predicted, confidence."""
+    format: int = 1
 
     def write(self, folder: Path) -> None:
         storage.write_json(str(folder / "report.json"), asdict(self))
 
     @classmethod
     def read(cls, uri: str) -> EvalReport:
-        return cls(**storage.read_json(storage.join(uri, "report.json")))
+        """Raises StorageError when the file is absent or of a format that this code does not know."""
+        path = storage.join(uri, "report.json")
+        values = storage.read_json(path)
+        if not isinstance(values, dict) or values.get("format") != 1:
+            raise StorageError(f"{path} is not a report of format 1; run python -m jobs.evaluate again")
+        return cls(**values)
 
 
 @dataclass(frozen=True)

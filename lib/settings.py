@@ -178,6 +178,10 @@ class EvaluationSettings(Section):
     """Resamples behind the confidence interval."""
     calibration_bins: Positive = 15
     tokens_per_batch: Positive = 8192
+    workers: Positive = 1
+    """Actors that score the test split, each with the engine that `serving` chooses."""
+    baseline_rows: Positive = 200_000
+    """Training rows, evenly spaced, that the TF-IDF baseline is fitted on at most."""
 
 
 class PromotionSettings(Section):

@@ -76,7 +76,8 @@ class Task(Protocol):
         """Answer one validated request; used by serving and by batch scoring alike."""
 
     def predict_rows(self, predictor: Any, rows: pa.Table) -> Outputs:
-        """Outputs for rows of a dataset, in their order; used by evaluation."""
+        """`logits` [B, C] for rows of a dataset, in their order and tokenised as the model itself does;
+        used by evaluation."""
 
 
 def load_task(name: str) -> Task:

@@ -242,9 +242,13 @@ def predict(predictor: Predictor, request: Request) -> Response:
 
 
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
-    """`logits` [B, C] and `labels` [B] for rows of a dataset."""
-    ids = [np.asarray(i.values.to_numpy(), np.int32) for i in rows["input_ids"]]
-    return {"logits": predictor.encoder.logits(ids), "labels": rows["label"].to_numpy()}
+    """`logits` [B, C] for rows of a dataset.
+
+    From the text, by the model's own tokeniser: the stored `input_ids` belong to the dataset's base
+    model, and a champion may come from another.
+    """
+    ids, _ = tokenize(predictor.tokenizer, rows["text"].to_pylist())
+    return {"logits": predictor.encoder.logits(ids)}
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
