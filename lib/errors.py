@@ -61,8 +61,15 @@ class ResourceError(WhorlError):
 
 
 class RequestError(WhorlError):
+    """`param` names the part of the request that is at fault, `code` says what is wrong in one word."""
+
     exit_code = 2
     http_status = 400
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class GateError(WhorlError):

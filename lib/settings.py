@@ -203,6 +203,8 @@ class ServingSettings(Section):
     """`NAME@champion`, `NAME@VERSION`; None follows the champion of this configuration's name."""
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    route_prefix: Annotated[str, Field(pattern=r"^/([A-Za-z0-9._~-]+(/[A-Za-z0-9._~-]+)*)?$")] = "/"
+    """Path under which the application answers; several applications share one port by it."""
     engine: Literal["auto", "torch", "openvino"] = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: Positive | None = None
@@ -215,7 +217,8 @@ class ServingSettings(Section):
     """Requests waiting beyond this are answered 503 at once; -1 is no bound."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
-    tokens_per_batch: Positive = 4096
+    tokens_per_batch: Positive = 2048
+    """Padded tokens that the engine computes at once."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
     max_inputs: Positive = 256
     max_chars: Positive = 20_000

@@ -223,22 +223,30 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     info = TaskFile.read(folder)
     if info.task != "sentiment":
         raise ModelError(f"{folder} is a {info.task} model, not sentiment")
-    return Predictor(info, load_tokenizer(folder, info.max_length), load_encoder(folder, serving))
+    encoder = load_encoder(folder, serving)
+    if encoder.classes != len(info.labels):
+        raise ModelError(
+            f"{folder} has {encoder.classes} outputs, but task.json names {len(info.labels)} labels"
+        )
+    return Predictor(info, load_tokenizer(folder, info.max_length), encoder)
 
 
 def predict(predictor: Predictor, request: Request) -> Response:
-    ids, truncated = tokenize(predictor.tokenizer, request.inputs)
-    scores = softmax(predictor.encoder.logits(ids))
+    rows, truncated = tokenize(predictor.tokenizer, request.inputs)
+    return Response(results=answers(predictor, predictor.encoder.logits(rows), truncated))
+
+
+def answers(predictor: Predictor, logits: np.ndarray, truncated: list[bool]) -> list[Answer]:
+    """Logits [B, C] of tokenised texts as answers, in their order. Serving batches between the two."""
     labels = predictor.info.labels
-    results = [
+    return [
         Answer(
             label=labels[int(row.argmax())],
-            scores={label: float(score) for label, score in zip(labels, row, strict=True)},
+            scores=dict(zip(labels, row.tolist(), strict=True)),
             truncated=cut,
         )
-        for row, cut in zip(scores, truncated, strict=True)
+        for row, cut in zip(softmax(logits), truncated, strict=True)
     ]
-    return Response(results=results)
 
 
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:

@@ -1,0 +1,106 @@
+"""Dynamic batching inside a replica: rows of many requests, computed together with rows of like length.
+
+One thread owns the engine. While it computes, rows gather; when it is free it takes the one that has
+waited longest and those nearest to it in length, up to a budget of padded tokens. Nobody waits for a
+batch to fill: a row that finds the engine idle is computed at once, so one client pays nothing, and the
+batches grow by themselves as the load does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+
+from lib.engines import rounded
+
+Compute = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Rows of token ids → one row of results each, float32 [rows, C]."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A row in the queue and where its result goes."""
+
+    tokens: np.ndarray
+    result: Future[np.ndarray]
+
+
+class LengthBatcher:
+    """Queue and engine thread. `compute` is only ever called from that one thread."""
+
+    def __init__(self, compute: Compute, tokens_per_batch: int) -> None:
+        self._compute = compute
+        self._tokens_per_batch = tokens_per_batch
+        self._queue: list[Waiting] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    async def results(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """Results [len(rows), C] in the order of `rows`.
+
+        A caller that goes away takes its rows out of the queue. Raises what `compute` raised.
+        """
+        waiting = [Waiting(row, Future()) for row in rows]
+        with self._changed:
+            if self._closed:
+                raise RuntimeError("the batcher is closed")
+            self._queue.extend(waiting)
+            self._changed.notify()
+        try:
+            return np.stack(await asyncio.gather(*(asyncio.wrap_future(w.result) for w in waiting)))
+        finally:
+            for one in waiting:
+                one.result.cancel()  # does nothing where there is a result
+
+    def close(self) -> None:
+        """Compute what is queued, then end the thread; later calls of `results` raise RuntimeError."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not self._queue and not self._closed:
+                    self._changed.wait()
+                batch = self._take()
+                if not batch and self._closed:
+                    return
+            # From here on a row can no longer be cancelled.
+            batch = [w for w in batch if w.result.set_running_or_notify_cancel()]
+            if batch:
+                self._answer(batch)
+
+    def _take(self) -> list[Waiting]:
+        """Take from the queue the row that waited longest and those nearest to it in length."""
+        if not self._queue:
+            return []
+        oldest = len(self._queue[0].tokens)
+        nearest = sorted(range(len(self._queue)), key=lambda i: abs(len(self._queue[i].tokens) - oldest))
+        chosen: set[int] = set()
+        longest = 0
+        for i in nearest:
+            longest = max(longest, len(self._queue[i].tokens))
+            if chosen and (len(chosen) + 1) * rounded(longest) > self._tokens_per_batch:
+                break
+            chosen.add(i)
+        batch = [self._queue[i] for i in sorted(chosen)]
+        self._queue = [w for i, w in enumerate(self._queue) if i not in chosen]
+        return batch
+
+    def _answer(self, batch: list[Waiting]) -> None:
+        try:
+            results = self._compute([w.tokens for w in batch])
+        except Exception as error:
+            for one in batch:
+                one.result.set_exception(error)
+            return
+        for one, result in zip(batch, results, strict=True):
+            one.result.set_result(result)
