@@ -1,0 +1,53 @@
+"""Fine-tune a base model on a dataset: Ray Train workers, each with a DeepSpeed engine.
+
+    python -m jobs.finetune --config jobs/configs/reviews.yaml [--training.epochs 2 ...]
+
+Reads the dataset that `jobs.preprocess` made of the same configuration, writes a run (curves, parameters,
+environment) to the tracking database and the best checkpoint, as a model directory, to storage.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from lib import tracking
+from lib.command import connect, main
+from lib.data.plan import plan
+from lib.settings import Settings
+
+
+def finetune(settings: Settings) -> None:
+    dataset = plan(settings).ref
+    dataset.manifest()  # absent: one line, before Ray or a run is started
+    connect()
+    # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
+    from lib.training import curves
+    from lib.training.fit import fit
+
+    with tracking.start_run("finetune", settings) as run:
+        run.tag(dataset=dataset.fingerprint)
+        print(f"run {run.ref.id}: {settings.training.workers} workers, ZeRO-{settings.training.zero_stage}")
+        result = fit(settings, dataset, run)
+        summary = result.summary
+        run.log_dict(summary, "training.json")
+        with tempfile.TemporaryDirectory() as folder:
+            picture = Path(folder) / "curves.png"
+            curves.draw(summary, settings.training.metric, picture)
+            run.log_file(picture)
+        run.log_metrics({f"memory/worker_{i}_peak_gib": m for i, m in enumerate(summary["peak_memory_gib"])})
+        run.log_metrics({f"best/{k}": v for k, v in summary["best"].items()})
+    speed = summary["tokens"] / max(summary["seconds"], 1e-9)
+    print(
+        f"trained {summary['rows']:,} rows, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s "
+        f"({speed:,.0f} tokens/s, {summary['precision']}), {summary['steps']} steps"
+        f"{', stopped early' if summary['stopped_early'] else ''}"
+    )
+    print(f"peak memory per worker: {', '.join(f'{m:.2f}' for m in summary['peak_memory_gib'])} GiB")
+    print("best validation: " + "  ".join(f"{k} {v:.4g}" for k, v in summary["best"].items()))
+    print(f"model: {result.model_uri}")
+    print(f"next: python -m jobs.evaluate --config … --evaluation.run {run.ref.id}")
+
+
+if __name__ == "__main__":
+    main(finetune)
