@@ -15,8 +15,9 @@ import sys
 import textwrap
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lib import storage, tracking
 from lib.errors import ConfigError, ResourceError, unwrap
@@ -25,6 +26,8 @@ from lib.settings import Settings, load_settings
 # Logical CPUs for a Ray of our own. On a small box Train workers, an actor pool and the reads that feed
 # them must hold slots at the same time; with as many slots as cores they wait for one another for ever.
 MIN_LOGICAL_CPUS = 8
+# Written by `cluster.local up`: how this machine's cluster is reached.
+STATE = storage.PROJECT / ".whorl" / "cluster.json"
 
 
 def main(job: Callable[[Settings], None], arguments: list[str] | None = None) -> None:
@@ -104,9 +107,9 @@ def connect() -> None:
 
 def running_cluster() -> dict[str, Any]:
     """What `cluster.local up` wrote about the cluster that it keeps running; empty when there is none."""
-    state = Path(storage.PROJECT) / ".whorl" / "cluster.json"
-    with suppress(FileNotFoundError, ValueError):
-        found: dict[str, Any] = json.loads(state.read_text())
-        if Path(f"/proc/{found['pid']}").exists():
+    with suppress(FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+        found: dict[str, Any] = json.loads(STATE.read_text())
+        # The process number may have been given to another process since.
+        if psutil.Process(found["pid"]).create_time() == found["started"]:
             return found
     return {}

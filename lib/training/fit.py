@@ -79,6 +79,7 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
         if name in os.environ:
             environment[name] = os.environ[name]
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar shows the same rows
     splits = {"train": _read(dataset, "train", training.workers)}
     if dataset.shards("validation"):
         splits["validation"] = _read(dataset, "validation", 1)

