@@ -1,0 +1,78 @@
+"""Measure a run's model on the test split, beside two baselines computed in the same command.
+
+    python -m jobs.evaluate --config jobs/configs/reviews.yaml [--evaluation.run RUN_ID ...]
+
+Takes the latest finished fine-tuning run of this name, or the one given. Writes report.json, report.html,
+the figures and every prediction under runs/RUN_ID/evaluation in storage, and metrics and figures to the
+tracking database.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import time
+
+from lib import storage, tracking
+from lib.artifacts import DatasetRef, EvalReport
+from lib.command import connect, main
+from lib.errors import RegistryError
+from lib.evaluation import report as files
+from lib.evaluation import text
+from lib.evaluation.classification import Subject, measure
+from lib.evaluation.scoring import read_task, score, start_baselines
+from lib.settings import Settings
+
+# What MLflow allows in the name of a metric.
+METRIC_SAFE = re.compile(r"[^\w.\- ]")
+
+
+def evaluate(settings: Settings) -> None:
+    run = tracking.find_run(settings, "finetune", settings.evaluation.run)
+    if not storage.published(run.ref.model_uri):
+        raise RegistryError(
+            f"run {run.ref.id} has left no model; choose a finished one with --evaluation.run (make ui lists them)"
+        )
+    info = read_task(run.ref.model_uri)
+    dataset = DatasetRef(run.ref.name, info.dataset)
+    labels = dataset.manifest()["labels"]
+    subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, labels)
+    connect()
+    import ray
+
+    began = time.perf_counter()
+    print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
+    baselines = start_baselines(dataset, len(labels), settings.evaluation)
+    scored = score(run.ref.model_uri, dataset, "test", settings)
+    print("fitting the baselines: majority class, TF-IDF with logistic regression")
+    measured = measure(subject, scored, ray.get(baselines), settings.evaluation)
+    # The report of an earlier evaluation of the same run gives way to this one.
+    with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
+        files.write(measured, folder)
+    record(run, measured.report)
+    print(f"\n{text.render(measured.report)}\n")
+    print(f"{len(scored.rows):,} rows and the baselines in {time.perf_counter() - began:.0f} s")
+    # Without a choice, jobs.promote takes the run that was trained last.
+    choice = f" --promotion.run {run.ref.id}" if settings.evaluation.run else ""
+    print(f"report  {storage.join(run.ref.evaluation_uri, 'report.html')}")
+    print(f"next    python -m jobs.promote {shlex.join(sys.argv[1:])}{choice}")
+
+
+def record(run: tracking.Run, report: EvalReport) -> None:
+    """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
+    values = {f"test/{name}": value for name, value in report.metrics.items()}
+    for baseline, figures in report.baselines.items():
+        values |= {f"test/{baseline}/{name}": figures[name] for name in ("macro_f1", "accuracy")}
+    for label, figures in report.per_class.items():
+        values[f"test/f1/{METRIC_SAFE.sub('_', label)}"] = figures["f1"]
+    run.log_metrics(values)
+    with storage.local_copy(run.ref.evaluation_uri) as folder:
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".png", ".html", ".json"):
+                run.log_file(file, "evaluation")
+    run.tag(evaluated=report.dataset)
+
+
+if __name__ == "__main__":
+    main(evaluate)

@@ -1,0 +1,165 @@
+"""From probabilities to a report: everything that is said about a classifier on one split."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lib.artifacts import EvalReport
+from lib.evaluation import metrics, slices
+from lib.evaluation.baselines import Baseline
+from lib.evaluation.intervals import bootstrap_macro_f1, interval
+from lib.evaluation.metrics import Floats, Ints
+from lib.evaluation.scoring import Scored
+from lib.settings import EvaluationSettings
+
+MODEL = "model"
+MISTAKES = 20
+MISTAKE_CHARS = 600
+NOT_SLICES = ("id", "text", "label", "length")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A report, and row by row what it rests on."""
+
+    report: EvalReport
+    predictions: pa.Table
+    """id, label, predicted (class indices), probabilities list<double>; sorted by id."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is being measured, for the head of the report."""
+
+    name: str
+    run: str
+    task: str
+    dataset: str
+    labels: list[str]
+    """The dataset's labels: class i is the i-th."""
+
+
+def measure(
+    subject: Subject, scored: Scored, baselines: dict[str, Baseline], settings: EvaluationSettings
+) -> Measured:
+    """Compare a model's answers, and those of the baselines, with the truth."""
+    rows, names = scored.rows, subject.labels
+    classes = len(names)
+    truth = rows["label"].to_numpy().astype(np.int64)
+    answers = {MODEL: in_order(scored.probabilities, scored.labels, names)}
+    answers |= {name: baseline.probabilities for name, baseline in baselines.items()}
+    predicted = {name: probabilities.argmax(-1) for name, probabilities in answers.items()}
+    figures = {
+        name: metrics.summary(truth, probabilities, settings.calibration_bins)
+        for name, probabilities in answers.items()
+    }
+    confusion = metrics.confusion_matrix(truth, predicted[MODEL], classes)
+    intervals, differences = _intervals(truth, predicted, figures, classes, settings.bootstrap)
+    report = EvalReport(
+        name=subject.name,
+        run=subject.run,
+        task=subject.task,
+        dataset=subject.dataset,
+        labels=names,
+        rows=len(truth),
+        metrics=figures[MODEL],
+        per_class=metrics.per_class(confusion, names),
+        confusion=confusion.tolist(),
+        calibration=metrics.calibration(truth, answers[MODEL], settings.calibration_bins),
+        slices=_slices(rows, truth, predicted[MODEL], classes),
+        baselines={name: figures[name] for name in baselines},
+        intervals=intervals,
+        differences=differences,
+        methods={
+            MODEL: f"{scored.engine}, {scored.rows_per_second:,.0f} rows/s",
+            **{name: f"{b.how}, {b.seconds:.1f} s" for name, b in baselines.items()},
+        },
+        mistakes=_mistakes(rows, truth, answers[MODEL], names),
+    )
+    return Measured(report, _predictions(rows, truth, answers[MODEL]))
+
+
+def in_order(probabilities: Floats, own: list[str], wanted: list[str]) -> Floats:
+    """A model's probabilities [N, C'] over the labels of a dataset [N, C].
+
+    A champion may have been trained on other labels than the dataset that it is measured on. A label it
+    does not know gets 0; what it gave to labels that the dataset lacks is shared out over the rest.
+    """
+    if own == wanted:
+        return probabilities
+    ordered = np.zeros((len(probabilities), len(wanted)))
+    for i, label in enumerate(wanted):
+        if label in own:
+            ordered[:, i] = probabilities[:, own.index(label)]
+    total = ordered.sum(-1, keepdims=True)
+    shares = np.full_like(ordered, 1 / len(wanted))
+    np.divide(ordered, total, out=shares, where=total > 0)
+    return shares
+
+
+def _intervals(
+    truth: Ints,
+    predicted: dict[str, Ints],
+    figures: dict[str, dict[str, float]],
+    classes: int,
+    resamples: int,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Interval of each classifier; value and interval of the model's lead over each baseline."""
+    if not resamples:
+        return {}, {}
+    scores = bootstrap_macro_f1(truth, predicted, classes, resamples)
+    lead = {name: figures[MODEL]["macro_f1"] - figures[name]["macro_f1"] for name in figures if name != MODEL}
+    return (
+        {name: interval(drawn) for name, drawn in scores.items()},
+        {name: [value, *interval(scores[MODEL] - scores[name])] for name, value in lead.items()},
+    )
+
+
+def _slices(
+    rows: pa.Table, truth: Ints, predicted: Ints, classes: int
+) -> dict[str, dict[str, dict[str, float]]]:
+    parts = {
+        column: slices.by_value(rows[column].to_pylist(), truth, predicted, classes)
+        for column in rows.column_names
+        if column not in NOT_SLICES and _is_text(rows.schema.field(column).type)
+    }
+    parts["length"] = slices.by_length(rows["length"].to_numpy(), truth, predicted, classes)
+    return parts
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _mistakes(rows: pa.Table, truth: Ints, probabilities: Floats, names: list[str]) -> list[dict[str, Any]]:
+    """The wrong answers that the model was surest of: its blind spots, and the dataset's wrong labels."""
+    confidence, predicted = probabilities.max(-1), probabilities.argmax(-1)
+    wrong = np.flatnonzero(predicted != truth)
+    surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
+    return [
+        {
+            "id": rows["id"][int(i)].as_py(),
+            "text": textwrap.shorten(rows["text"][int(i)].as_py(), MISTAKE_CHARS, placeholder=" …"),
+            "label": names[truth[i]],
+            "predicted": names[predicted[i]],
+            "confidence": float(confidence[i]),
+        }
+        for i in surest
+    ]
+
+
+def _predictions(rows: pa.Table, truth: Ints, probabilities: Floats) -> pa.Table:
+    offsets = np.arange(len(truth) + 1, dtype=np.int32) * probabilities.shape[1]
+    return pa.table(
+        {
+            "id": rows["id"],
+            "label": pa.array(truth, pa.int32()),
+            "predicted": pa.array(probabilities.argmax(-1), pa.int32()),
+            "probabilities": pa.ListArray.from_arrays(pa.array(offsets), pa.array(probabilities.ravel())),
+        }
+    )

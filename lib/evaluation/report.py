@@ -1,0 +1,62 @@
+"""A measured model as files: report.json, report.html, the figures as PNG, predictions.parquet."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from lib.artifacts import EvalReport
+from lib.evaluation import plots
+from lib.evaluation.classification import MODEL, Measured
+from lib.evaluation.text import HEADINGS
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PREDICTIONS = "predictions.parquet"
+
+
+def write(measured: Measured, folder: Path) -> None:
+    """Fill an empty directory."""
+    report = measured.report
+    drawn = figures(report)
+    for file, png in drawn.items():
+        (folder / file).write_bytes(png)
+    (folder / "report.html").write_text(page(report, drawn), encoding="utf-8")
+    pq.write_table(measured.predictions, folder / PREDICTIONS)
+    report.write(folder)
+
+
+def figures(report: EvalReport) -> dict[str, bytes]:
+    """File name → PNG."""
+    scores = {MODEL: report.metrics["macro_f1"]}
+    scores |= {name: one["macro_f1"] for name, one in report.baselines.items()}
+    rows = f"{report.rows:,} test rows"
+    return {
+        "baselines.png": plots.comparison_plot(
+            scores, report.intervals, f"{report.name} beside its baselines"
+        ),
+        "confusion.png": plots.confusion_plot(
+            np.array(report.confusion), report.labels, f"{report.name}: {rows}"
+        ),
+        "reliability.png": plots.reliability_plot(
+            report.calibration,
+            report.metrics["calibration_error"],
+            f"{report.name}: can its confidence be trusted?",
+        ),
+    }
+
+
+def page(report: EvalReport, drawn: dict[str, bytes]) -> str:
+    """The report as one self-contained HTML page: figures embedded, nothing loaded from elsewhere."""
+    from jinja2 import Environment, StrictUndefined
+
+    # Texts and labels are a user's: whatever they hold is shown, never run.
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        report=report,
+        headings=HEADINGS,
+        classifiers={MODEL: report.metrics, **report.baselines},
+        figures={file.removesuffix(".png"): base64.b64encode(png).decode() for file, png in drawn.items()},
+    )
