@@ -1,0 +1,57 @@
+"""From raw rows to a dataset: read, normalise, drop empty and duplicate rows, map labels, split, tokenise.
+
+    python -m jobs.preprocess --config jobs/configs/reviews.yaml [--data.limit 2000 ...]
+
+Writes Parquet shards and a manifest under datasets/NAME/FINGERPRINT in storage. The fingerprint stands for
+the source's content and the configuration: when a dataset of that name is there, nothing is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from lib.artifacts import SPLITS
+from lib.command import connect, main
+from lib.data.plan import Plan, plan
+from lib.data.sources import display
+from lib.settings import Settings
+
+
+def preprocess(settings: Settings) -> None:
+    planned = plan(settings)
+    if planned.ref.exists():
+        print(
+            f"dataset {planned.ref.fingerprint} is there already, made from the same input and config: skipped"
+        )
+        manifest = planned.ref.manifest()
+    else:
+        connect()
+        from lib.data.build import build  # imports ray
+
+        manifest = build(planned)
+    report(planned, manifest)
+
+
+def report(planned: Plan, manifest: dict[str, Any]) -> None:
+    labels = manifest["labels"]
+    print(f"fingerprint  {manifest['fingerprint']}")
+    dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
+    print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
+    width = max(10, *(len(label) for label in labels))
+    print(
+        f"{'':12} {'rows':>10} "
+        + " ".join(f"{label:>{width}}" for label in labels)
+        + "  mean tokens  truncated"
+    )
+    for split in SPLITS:
+        count = manifest["splits"][split]
+        by_label = " ".join(f"{count['labels'][label]:>{width},}" for label in labels)
+        mean = count["tokens"] / max(count["rows"], 1)
+        print(f"{split:12} {count['rows']:>10,} {by_label}  {mean:>11.1f}  {count['truncated']:>9,}")
+    print(f"written to   {display(planned.ref.uri)}")
+    print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
+
+
+if __name__ == "__main__":
+    main(preprocess)

@@ -1,0 +1,8 @@
+"""From raw rows to a dataset.
+
+plan      which files, which columns, which fingerprint: looked at before Ray starts
+build     the dataset, published whole; the two passes and the shuffle between them are in `passes`
+sources, readers, blocks      URIs → files → rows → blocks of rows
+clean, label, dedup, split    what happens to the rows of a block; none of them knows Ray
+shards                        rows → tokens → Parquet
+"""

@@ -1,0 +1,288 @@
+"""The two passes over a source on Ray Data, and the shuffle between them.
+
+Tasks hand back counts as JSON in small tables; the driver adds them up. Nothing here raises for what is
+wrong with the data: it is counted, so that the job can report the first problem in source order.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+
+from lib.artifacts import SPLITS
+from lib.data import blocks, clean, dedup
+from lib.data.blocks import Block, Reading
+from lib.data.label import MISSING, Mapping, Unknown
+from lib.data.shards import SplitCount, write_shards
+from lib.data.split import assign
+from lib.settings import Settings
+from lib.tasks import load_task
+
+# Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
+RAY_BLOCK_BYTES = 1 << 20
+SAY_SECONDS = 10
+HASH_COLUMNS = ("partition", "high", "low", "position", "label")
+
+
+@dataclass
+class Scanned:
+    """What the first pass found."""
+
+    rows: int = 0
+    empty: int = 0
+    unlabelled: int = 0
+    unknown: Unknown = field(default_factory=Unknown)
+    files: Counter[int] = field(default_factory=Counter)
+    """Index of the file → rows."""
+    blocks: Counter[int] = field(default_factory=Counter)
+    """Fragment → blocks."""
+    problem: str | None = None
+    """The first thing in the source that could not be read."""
+    hashes: Any = None
+    """Ray dataset of packed HASH_COLUMNS, in the object store."""
+
+
+@dataclass
+class Written:
+    """What the second pass wrote."""
+
+    rows: int = 0
+    duplicate: int = 0
+    conflicting: int = 0
+    splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
+
+
+def scan(reading: Reading, settings: Settings) -> Scanned:
+    """First pass: count what is there and hash every usable text."""
+    partitions = dedup.partitions(sum(file.size for file in reading.files))
+    hashes = (
+        _read(reading, "scan")
+        .map_batches(
+            scan_block,
+            fn_kwargs={
+                "columns": list(reading.columns),
+                "mapping": Mapping.of(settings.data),
+                "partitions": partitions,
+            },
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=_parallel_tasks()),
+        )
+        .materialize()
+    )
+    found = _rows(hashes.select_columns(["fragment", "number", "problem", "counts"]))
+    scanned = Scanned(hashes=hashes)
+    for row in sorted(found, key=lambda r: (r["fragment"], r["number"])):
+        counts = json.loads(row["counts"])
+        scanned.problem = scanned.problem or row["problem"]
+        scanned.blocks[row["fragment"]] += 1
+        scanned.rows += counts["rows"]
+        scanned.empty += counts["empty"]
+        scanned.unlabelled += counts["unlabelled"]
+        scanned.unknown = scanned.unknown.merge(Unknown(**counts["unknown"]))
+        scanned.files.update({int(index): rows for index, rows in counts["files"].items()})
+    return scanned
+
+
+def find_duplicates(reading: Reading, hashes: ray.data.Dataset) -> ray.data.Dataset:
+    """Shuffle by hash; a dataset of dedup.DROPPED, a block sorted by position for each partition."""
+    partitions = dedup.partitions(sum(file.size for file in reading.files))
+    flat = hashes.map_batches(
+        blocks.unpack, fn_kwargs={"names": HASH_COLUMNS}, batch_size=None, batch_format="pyarrow"
+    )
+    groups = flat.groupby("partition", num_partitions=partitions)
+    return groups.map_groups(dedup.find_duplicates, batch_format="pyarrow").materialize()
+
+
+def write(
+    reading: Reading,
+    settings: Settings,
+    scanned: Scanned,
+    dropped: ray.data.Dataset,
+    uri: str,
+    say: Callable[[str], None],
+) -> Written:
+    """Second pass: read again, leave out what is dropped, encode, write the shards under `uri`.
+
+    Where there is no terminal for bars, `say` gets a line of progress now and then.
+    """
+    first_shards = np.cumsum([0] + [scanned.blocks[i] for i in range(len(reading.fragments()))]).tolist()
+    counts = _read(reading, "write").map_batches(
+        write_block,
+        fn_kwargs={
+            "columns": list(reading.columns),
+            "settings": settings,
+            "first_shards": first_shards,
+            "dropped": dropped.to_arrow_refs(),
+            "uri": uri,
+        },
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=_parallel_tasks()),
+    )
+    written = Written()
+    said = time.monotonic()
+    for row in _rows(counts):
+        block = json.loads(row["counts"])
+        written.rows += block["rows"]
+        written.duplicate += block["duplicate"]
+        written.conflicting += block["conflicting"]
+        for split, count in block["splits"].items():
+            written.splits[split].add(SplitCount(**count))
+        if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
+            said = time.monotonic()
+            say(f"written {written.rows:,} of {scanned.rows:,} rows")
+    return written
+
+
+def _read(reading: Reading, name: str) -> ray.data.Dataset:
+    """A dataset of blocks, each packed into one row."""
+    fragments = [
+        {"fragment": i, "start": start, "end": end} for i, (start, end) in enumerate(reading.fragments())
+    ]
+    with ray.data.DataContext.current(_context()):
+        source = ray.data.from_items(fragments, override_num_blocks=len(fragments))
+        source.set_name(name)
+        # Asking for another share of a CPU than the next step keeps Ray Data from fusing the two: one
+        # reader then feeds many tasks, even when the source is a single file that cannot be cut.
+        return source.map_batches(
+            read,
+            fn_kwargs={"reading": reading},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0.5,
+            compute=ray.data.TaskPoolStrategy(size=min(_parallel_tasks(), len(fragments))),
+        )
+
+
+def _context() -> ray.data.DataContext:
+    """Ray Data's settings for both passes: bars on a terminal, silence elsewhere."""
+    # The log tells of plans, and tells every exception twice before it is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = RAY_BLOCK_BYTES
+    context.enable_progress_bars = sys.stdout.isatty()
+    context.enable_rich_progress_bars = True
+    context.use_ray_tqdm = False
+    return context
+
+
+def _parallel_tasks() -> int:
+    """How many tasks may run at a time: a local head has more logical CPUs than cores, and more tasks
+    than cores only cost memory and start-up time."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    logical = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
+    return max(1, min(logical, os.cpu_count() or 1) if len(nodes) == 1 else logical)
+
+
+def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield from batch.to_pylist()
+
+
+def read(fragment: pa.Table, reading: Reading) -> Iterator[pa.Table]:
+    """Runs in a task: the blocks of one fragment."""
+    number, start, end = (fragment[name][0].as_py() for name in ("fragment", "start", "end"))
+    for block in blocks.read_blocks(reading, number, (start, end)):
+        yield blocks.to_row(block)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A block after the steps that both passes take."""
+
+    texts: pa.Array
+    classes: np.ndarray
+    empty: np.ndarray
+    usable: np.ndarray
+    """Rows with a text and a known label."""
+    high: np.ndarray
+    low: np.ndarray
+    """Hash of the text, of usable rows alone."""
+
+
+def _prepare(block: Block, mapping: Mapping) -> _Prepared:
+    texts = clean.normalise(blocks.flat(block.rows[blocks.TEXT]))
+    classes = mapping.apply(blocks.flat(block.rows[blocks.LABEL]))
+    empty = clean.is_empty(texts)
+    usable = ~empty & (classes >= 0)
+    return _Prepared(texts, classes, empty, usable, *dedup.hash_texts(texts.filter(pa.array(usable))))
+
+
+def scan_block(row: pa.Table, columns: Sequence[str], mapping: Mapping, partitions: int) -> pa.Table:
+    """Runs in a task: counts and hashes of one block."""
+    block = blocks.from_row(row, columns)
+    ready = _prepare(block, mapping)
+    positions = block.rows[blocks.POSITION].to_numpy()
+    labels = blocks.flat(block.rows[blocks.LABEL])
+    files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
+    counts = {
+        "rows": len(positions),
+        "empty": int(ready.empty.sum()),
+        "unlabelled": int((~ready.empty & (ready.classes == MISSING)).sum()),
+        "unknown": asdict(Unknown.among(labels, ready.classes, positions)),
+        "files": dict(zip(files.tolist(), file_rows.tolist(), strict=True)),
+    }
+    hashes = {
+        "partition": dedup.partition_of(ready.high, partitions),
+        "high": ready.high,
+        "low": ready.low,
+        "position": positions[ready.usable],
+        "label": ready.classes[ready.usable],
+    }
+    scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
+    return blocks.pack(
+        {name: pa.array(values) for name, values in hashes.items()},
+        {**scalars, "counts": pa.array([json.dumps(counts)])},
+    )
+
+
+def write_block(
+    row: pa.Table,
+    columns: Sequence[str],
+    settings: Settings,
+    first_shards: Sequence[int],
+    dropped: Sequence[Any],
+    uri: str,
+) -> pa.Table:
+    """Runs in a task: one block's shards; its counts."""
+    # Tasks run side by side already; each with a tokeniser of many threads would only contend.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    block = blocks.from_row(row, columns)
+    ready = _prepare(block, Mapping.of(settings.data))
+    positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
+    gone, conflict = dedup.dropped_among(ray.get(list(dropped)), positions)
+    keep = ~gone
+    slices = {name: block.rows[name] for name in settings.data.slices}
+    rows = pa.table({"text": ready.texts, "label": ready.classes, **slices}).filter(pa.array(ready.usable))
+    rows = rows.add_column(0, "id", dedup.row_ids(ready.high)).filter(pa.array(keep))
+    splits = write_shards(
+        rows,
+        assign(ready.low[keep], settings.data.split),
+        first_shards[block.fragment] + block.number,
+        uri,
+        load_task(settings.task),
+        settings.model,
+        settings.data.label_names,
+    )
+    counts = {
+        "rows": block.rows.num_rows,
+        "duplicate": int((gone & ~conflict).sum()),
+        "conflicting": int(conflict.sum()),
+        "splits": {name: asdict(count) for name, count in splits.items()},
+    }
+    return pa.table({"counts": [json.dumps(counts)]})

@@ -1,0 +1,62 @@
+"""What a dataset will be, told before anything is read or started: its files, columns and fingerprint.
+
+Imports no ray, so that a wrong column name, or a dataset that is there already, answers at once.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from lib import storage
+from lib.artifacts import DatasetRef
+from lib.base_models import tokenizer_checksum
+from lib.data import blocks, sources
+from lib.data.readers import column_names
+from lib.settings import Settings
+
+# Part of every fingerprint. Raise it when the same input would give other rows or other files.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A dataset that is to be: what it is read from and where it will lie."""
+
+    settings: Settings
+    reading: blocks.Reading
+    checksums: tuple[str, ...]
+    """Of the files, in order."""
+    tokenizer: str
+    """Checksum of the tokeniser's files."""
+    ref: DatasetRef
+
+
+def plan(settings: Settings) -> Plan:
+    """Look at the source and name the dataset, without reading rows or starting Ray.
+
+    Raises ConfigError, DataError, StorageError or ModelError, in one line, for a source or a base model
+    that cannot be used.
+    """
+    data = settings.data
+    files = sources.find_files(data.sources)
+    columns = {blocks.TEXT: data.columns.text, blocks.LABEL: data.columns.label, **data.slices}
+    keys = {f"slices.{name}" if name in data.slices else f"columns.{name}": c for name, c in columns.items()}
+    with ThreadPoolExecutor(8) as pool:
+        for file, present in zip(files, pool.map(column_names, files), strict=True):
+            sources.check_columns(file, keys, present)
+        checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
+    tokenizer = tokenizer_checksum(settings.model.base)
+    identity = {
+        "format": FORMAT,
+        "task": settings.task,
+        "tokenizer": tokenizer,
+        "max_length": settings.model.max_length,
+        "sources": [[file.format, checksum] for file, checksum in zip(files, checksums, strict=True)],
+        "data": data.model_dump(mode="json", exclude={"source"}),
+        "classes": data.label_names,  # their order counts, and JSON objects have none
+    }
+    reading = blocks.Reading(tuple(files), columns, data.rows_per_shard, data.limit)
+    return Plan(
+        settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
+    )

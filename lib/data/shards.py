@@ -1,0 +1,93 @@
+"""Rows of one block → Parquet shards of a dataset, written by the task that tokenises them.
+
+Tokens are several times larger than text: they go to storage straight away and never through Ray's object
+store. What the task hands back is a count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import storage
+from lib.artifacts import SPLITS
+from lib.settings import ModelSettings
+from lib.tasks import Task
+
+# Rows that go through the tokeniser at a time: what its objects need is held for no more than these.
+ENCODE_ROWS = 1024
+
+
+@dataclass
+class SplitCount:
+    """What lies in one split, of one shard or of all."""
+
+    rows: int = 0
+    tokens: int = 0
+    truncated: int = 0
+    labels: dict[str, int] = field(default_factory=dict)
+    shards: list[str] = field(default_factory=list)
+
+    def add(self, other: SplitCount) -> None:
+        self.rows += other.rows
+        self.tokens += other.tokens
+        self.truncated += other.truncated
+        for label, rows in other.labels.items():
+            self.labels[label] = self.labels.get(label, 0) + rows
+        self.shards.extend(other.shards)
+
+    def manifest(self, labels: list[str]) -> dict[str, Any]:
+        """For the manifest: labels in the order of their classes, shards by name."""
+        counts = {name: self.labels.get(name, 0) for name in labels}
+        return {**asdict(self), "labels": counts, "shards": sorted(self.shards)}
+
+
+def shard_name(number: int) -> str:
+    return f"part-{number:05d}.parquet"
+
+
+def write_shards(
+    rows: pa.Table,
+    splits: np.ndarray,
+    number: int,
+    uri: str,
+    task: Task,
+    model: ModelSettings,
+    labels: list[str],
+) -> dict[str, SplitCount]:
+    """Encode `rows` (`id`, `text`, `label` int32, slices) and write a shard for each split that has any.
+
+    `splits` int8 [rows] indexes SPLITS; `number` names the shard. Returns the counts by split.
+    """
+    counts = {}
+    for index, split in enumerate(SPLITS):
+        part = rows.filter(pa.array(splits == index))
+        if not part.num_rows:
+            continue
+        encoded = pa.concat_tables(
+            [
+                task.encode(part.slice(start, ENCODE_ROWS), model)
+                for start in range(0, part.num_rows, ENCODE_ROWS)
+            ]
+        )
+        path = storage.join(uri, split, shard_name(number))
+        with storage.open_file(path, "wb") as file:
+            pq.write_table(encoded, file, compression="zstd")
+        counts[split] = _count(encoded, labels, shard_name(number))
+    return counts
+
+
+def _count(rows: pa.Table, labels: list[str], shard: str) -> SplitCount:
+    classes = np.bincount(rows["label"].to_numpy(), minlength=len(labels))
+    truncated = int(np.sum(rows["truncated"].to_numpy())) if "truncated" in rows.column_names else 0
+    return SplitCount(
+        rows=rows.num_rows,
+        tokens=int(np.sum(rows["length"].to_numpy(), dtype=np.int64)),
+        truncated=truncated,
+        labels={name: int(n) for name, n in zip(labels, classes, strict=True) if n},
+        shards=[shard],
+    )

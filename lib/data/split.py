@@ -1,0 +1,39 @@
+"""Where a row goes: a pure function of its text and the seed.
+
+The same text always falls into the same split, so no duplicate can lie in two of them; new rows never move
+old ones; and the order of the source does not matter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lib.artifacts import SPLITS
+from lib.settings import Split
+
+
+def assign(hashes: np.ndarray, split: Split) -> np.ndarray:
+    """Index into SPLITS, int8 [rows], of rows whose texts have these 64-bit hashes."""
+    seed = _mix(np.array([split.seed % 2**64], np.uint64))
+    # The 53 upper bits as a float in [0, 1): all that a double holds exactly.
+    place = (_mix(hashes.astype(np.uint64) ^ seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.searchsorted(bounds(split), place, side="right").astype(np.int8)
+
+
+def bounds(split: Split) -> np.ndarray:
+    """Upper ends of the splits' parts of [0, 1), but the last."""
+    shares = np.array([getattr(split, name) for name in SPLITS])
+    ends = np.cumsum(shares)
+    # Rounding must not give rows to a split whose share is 0.
+    ends[np.flatnonzero(shares)[-1] :] = 1.0
+    return ends[:-1]
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): each input bit reaches each output bit."""
+    with np.errstate(over="ignore"):
+        x = x + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
