@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib import storage
@@ -46,25 +47,45 @@ class Scored:
     """Rows that one actor answered in a second of work, loading not counted."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `start + rows` of one shard: what an actor is given at a time."""
+
+    shard: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the model says to the rows of a part."""
+
+    rows: pa.Table
+    logits: np.ndarray
+    """float32 [N, C']"""
+    engine: str
+    seconds: float
+
+
 class Scorer:
-    """An actor of `score`: loads the model once, then answers block after block."""
+    """An actor of `score`: holds the model, and the shard that it read last."""
 
     def __init__(self, task: str, model_uri: str, serving: ServingSettings) -> None:
-        self.task = load_task(task)
-        with storage.local_copy(model_uri) as folder:
-            self.predictor = self.task.load(folder, serving)
+        self.task, self.model_uri, self.serving = load_task(task), model_uri, serving
+        self.predictor: Any = None
+        self.shard: tuple[str, pa.Table] | None = None
 
-    def __call__(self, rows: pa.Table) -> pa.Table:
-        """Add `logits` list<float> and, on each row, the engine and the seconds the row took."""
+    def answer(self, part: Part) -> Answers:
+        # Loaded here, not above: an error in a method reaches the caller as itself, with its one line.
+        if self.predictor is None:
+            with storage.local_copy(self.model_uri) as folder:
+                self.predictor = self.task.load(folder, self.serving)
+        if self.shard is None or self.shard[0] != part.shard:
+            self.shard = (part.shard, _read_shard(part.shard))
+        rows = self.shard[1].slice(part.start, part.rows)
         began = time.perf_counter()
-        logits = np.asarray(self.task.predict_rows(self.predictor, rows)["logits"], np.float32)
-        seconds = (time.perf_counter() - began) / len(rows)
-        offsets = np.arange(len(rows) + 1, dtype=np.int32) * logits.shape[1]
-        rows = rows.append_column(
-            "logits", pa.ListArray.from_arrays(pa.array(offsets), pa.array(logits.ravel()))
-        )
-        rows = rows.append_column("engine", pa.array([self.predictor.encoder.name] * len(rows)))
-        return rows.append_column("seconds", pa.array(np.full(len(rows), seconds)))
+        logits = self.task.predict_rows(self.predictor, rows)["logits"]
+        return Answers(rows, logits, self.predictor.encoder.name, time.perf_counter() - began)
 
 
 def read_task(model_uri: str) -> TaskFile:
@@ -80,29 +101,31 @@ def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -
     Raises DataError for a split without rows, ModelError for a directory that cannot be used.
     """
     import ray
+    from ray.experimental import tqdm_ray
+    from ray.util import ActorPool
 
     info = read_task(model_uri)
-    shards = _shards(dataset, split)
-    fs, _ = storage.filesystem(shards[0])
-    columns = [c for c in _columns(shards[0]) if c not in FEATURES]
-    serving = _serving(settings)
-    scored = ray.data.read_parquet(shards, filesystem=fs, columns=columns).map_batches(
-        Scorer,
-        fn_constructor_args=(info.task, model_uri, serving),
-        batch_format="pyarrow",
-        batch_size=ROWS_AT_ONCE,
-        compute=ray.data.ActorPoolStrategy(size=settings.evaluation.workers),
-        num_cpus=serving.cpus_per_replica,
-        num_gpus=serving.gpus_per_replica or None,
-    )
-    rows = pa.concat_tables(cast("list[pa.Table]", ray.get(scored.to_arrow_refs()))).sort_by("id")
-    logits = rows["logits"].combine_chunks().flatten().to_numpy().reshape(len(rows), len(info.labels))
+    parts = _parts(dataset, split)
+    # Nobody waits for a single answer here, so the engine may take larger batches than when it serves.
+    serving = settings.serving.model_copy(update={"tokens_per_batch": settings.evaluation.tokens_per_batch})
+    actor = ray.remote(Scorer).options(num_cpus=serving.cpus_per_replica, num_gpus=serving.gpus_per_replica)
+    workers = min(settings.evaluation.workers, len(parts))
+    pool = ActorPool([actor.remote(info.task, model_uri, serving) for _ in range(workers)])
+    bar = tqdm_ray.tqdm(total=sum(part.rows for part in parts), desc=f"scoring {split}", unit="rows")
+    answers: list[Answers] = []
+    for some in pool.map_unordered(lambda scorer, part: scorer.answer.remote(part), parts):
+        answers.append(some)
+        bar.update(len(some.rows))
+    bar.close()
+    rows = pa.concat_tables([some.rows for some in answers])
+    order = pc.sort_indices(rows["id"])
+    logits = np.concatenate([some.logits for some in answers]).astype(np.float64)
     return Scored(
-        rows=rows.drop_columns(["logits", "engine", "seconds"]),
-        probabilities=softmax(logits.astype(np.float64)),
+        rows=rows.take(order),
+        probabilities=softmax(logits[order.to_numpy()]),
         labels=info.labels,
-        engine=rows["engine"][0].as_py(),
-        rows_per_second=len(rows) / float(np.sum(rows["seconds"].to_numpy())),
+        engine=answers[0].engine,
+        rows_per_second=len(rows) / sum(some.seconds for some in answers),
     )
 
 
@@ -148,21 +171,22 @@ def softmax(logits: Floats) -> Floats:
     return shares
 
 
-def _shards(dataset: DatasetRef, split: str) -> list[str]:
-    rows = dataset.manifest()["splits"].get(split, {}).get("rows", 0)
-    if not rows:
+def _parts(dataset: DatasetRef, split: str) -> list[Part]:
+    parts = []
+    for shard in dataset.shards(split):
+        fs, inside = storage.filesystem(shard)
+        rows = pq.read_metadata(inside, filesystem=fs).num_rows
+        starts = range(0, rows, ROWS_AT_ONCE)
+        parts += [Part(shard, start, min(ROWS_AT_ONCE, rows - start)) for start in starts]
+    if not parts:
         raise DataError(
             f"the {split} split of {dataset.name}/{dataset.fingerprint} has no rows;"
             f" raise data.split.{split} or data.limit and run python -m jobs.preprocess again"
         )
-    return dataset.shards(split)
+    return parts
 
 
-def _columns(shard: str) -> list[str]:
+def _read_shard(shard: str) -> pa.Table:
     fs, inside = storage.filesystem(shard)
-    return list(pq.read_schema(inside, filesystem=fs).names)
-
-
-def _serving(settings: Settings) -> ServingSettings:
-    """Serving's engine with evaluation's batch size: nobody waits for a single answer here."""
-    return settings.serving.model_copy(update={"tokens_per_batch": settings.evaluation.tokens_per_batch})
+    columns = [name for name in pq.read_schema(inside, filesystem=fs).names if name not in FEATURES]
+    return pq.read_table(inside, filesystem=fs, columns=columns)
