@@ -32,6 +32,7 @@ from lib.errors import ModelError, ResourceError, StorageError
 from lib.settings import ServingSettings
 
 if TYPE_CHECKING:
+    import openvino
     import torch
     from torch import nn
 
@@ -192,9 +193,8 @@ def _torch(folder: Path, precision: str, threads: int, gpu: bool) -> Forward:
 def _openvino(folder: Path, precision: str, threads: int) -> Forward:
     import openvino
 
-    graph = _converted(folder)
     compiled = openvino.Core().compile_model(
-        graph,
+        _graph(folder),
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
@@ -213,26 +213,29 @@ def _openvino(folder: Path, precision: str, threads: int) -> Forward:
     return forward
 
 
-def _converted(folder: Path) -> Path:
-    """The model as OpenVINO's own format, converted once and kept in the project's cache.
+def _graph(folder: Path) -> openvino.Model | Path:
+    """The model in OpenVINO's own form, converted once and kept in the project's cache.
 
     A replica that finds it there starts without importing torch or transformers.
     """
+    import openvino
+
     key = {p.name: storage.checksum(str(p)) for p in sorted(folder.glob("*.safetensors"))}
     key["config.json"] = storage.checksum(str(folder / "config.json"))
     key |= {package: version(package) for package in ("openvino", "transformers")}
     home = storage.PROJECT / ".whorl" / "cache" / "openvino" / storage.fingerprint(key)
-    if not storage.published(str(home)):
-        try:
-            with storage.publish(str(home)) as scratch:
-                _convert(folder, scratch / "model.xml")
-        except StorageError:
-            if not storage.published(str(home)):  # else another replica was quicker
-                raise
-    return home / "model.xml"
+    if storage.published(str(home)):
+        return home / "model.xml"
+    graph = _convert(folder)
+    try:
+        with storage.publish(str(home)) as scratch:
+            openvino.save_model(graph, str(scratch / "model.xml"), compress_to_fp16=False)
+    except StorageError as error:  # another replica was quicker, or nothing can be written here
+        logger.info("not cached: %s", error)
+    return graph
 
 
-def _convert(folder: Path, file: Path) -> None:
+def _convert(folder: Path) -> openvino.Model:
     import openvino
     import torch
 
@@ -253,7 +256,6 @@ def _convert(folder: Path, file: Path) -> None:
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            graph = openvino.convert_model(model, example_input=example)
+            return openvino.convert_model(model, example_input=example)
     except Exception as error:  # whatever the tracer or a missing operator raises
         raise ModelError(f"{folder}: OpenVINO cannot convert it ({type(error).__name__}: {error})") from error
-    openvino.save_model(graph, str(file), compress_to_fp16=False)

@@ -25,6 +25,12 @@ from lib.errors import RequestError, WhorlError
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
+# Where pydantic speaks of its own matters.
+PLAINER = {
+    "missing": "is missing",
+    "extra_forbidden": "is an unknown key",
+    "model_attributes_type": "must be a JSON object, sent with content-type: application/json",
+}
 REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
 
 
@@ -160,15 +166,11 @@ def describe(error: dict[str, Any]) -> tuple[str, str | None, str]:
     """Message, parameter and code of one of pydantic's findings in a body."""
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']}", None, "invalid_json"
-    path = [str(part) for part in error["loc"] if part != "body"]
-    param = ".".join(path) or None
+    param = ".".join(str(part) for part in error["loc"] if part != "body") or None
     where = param or "the body"
-    message = error["msg"][:1].lower() + error["msg"][1:]
-    if error["type"] == "missing":
-        message = "is missing"
-    if error["type"] == "extra_forbidden":
-        message = "unknown key"
-    return f"{where}: {message}", param, error["type"]
+    if error["type"] in PLAINER:
+        return f"{where} {PLAINER[error['type']]}", param, error["type"]
+    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}", param, error["type"]
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -1,0 +1,229 @@
+"""Deploy a model version to the running cluster, or move what is deployed on to another one.
+
+    python -m serve.deploy --config jobs/configs/reviews.yaml [--serving.model reviews@3] [--serving.port 8001]
+
+The alias (`champion` by default) is resolved here, once, so that every replica serves the same version.
+When only the version differs from what runs, replicas swap it without a restart and without losing a
+request; other changes of `serving` replace replicas one by one. Other applications are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+from lib import command, storage, tracking
+from lib.artifacts import TASK_FILE, ModelRef
+from lib.errors import ModelError, ResourceError
+from lib.settings import ServingSettings, Settings
+from serve.following import resolve
+
+if TYPE_CHECKING:
+    from ray.serve._private.client import ServeControllerClient
+
+READY_SECONDS = 180
+EVERYWHERE = ("0.0.0.0", "::")
+
+
+def deploy(settings: Settings) -> str:
+    """Deploy what `serving` describes, wait until it answers, and return its URL.
+
+    Raises RegistryError for an alias or version that does not exist, ModelError for one that cannot be
+    served, ResourceError for a port in use, missing CPUs or an absent cluster.
+    """
+    ref = resolve(settings.serving.model or f"{settings.name}@champion")
+    _check_task(ref, settings)
+    if not (os.environ.get("RAY_ADDRESS") or command.running_cluster() or _connected()):
+        raise ResourceError("no cluster is up to deploy to; python -m cluster.local up starts one")
+    command.connect()
+    _check_resources(settings.serving)
+    client = _start_serve(settings.serving)
+    _apply(client, settings, ref)
+    url = address(settings.serving)
+    _wait(client, settings.name, ref, url)
+    return url
+
+
+def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
+    """The application as `serve deploy` would read it from a file.
+
+    The version is in `user_config` alone: what Ray Serve changes without restarting replicas.
+    """
+    # Where it listens is Ray Serve's matter, not the replica's: a change of these restarts nothing.
+    arguments = settings.serving.model_dump(
+        mode="json", exclude={"model", "host", "port", "route_prefix", "request_timeout_s"}
+    )
+    return {
+        "name": settings.name,
+        "route_prefix": settings.serving.route_prefix,
+        "import_path": f"serve.{settings.task}:application",
+        "runtime_env": _runtime_env(),
+        "args": arguments,
+        "deployments": [{"name": settings.task.capitalize(), "user_config": {"model": str(ref)}}],
+    }
+
+
+def address(serving: ServingSettings) -> str:
+    """The application's URL, as this machine reaches it."""
+    host = "127.0.0.1" if serving.host in EVERYWHERE else serving.host
+    return f"http://{host}:{serving.port}{serving.route_prefix.rstrip('/')}"
+
+
+def _check_task(ref: ModelRef, settings: Settings) -> None:
+    task = storage.read_json(storage.join(ref.uri, TASK_FILE)).get("task")
+    if task != settings.task:
+        raise ModelError(
+            f"{ref} is a {task} model, but task is {settings.task}; choose another serving.model"
+        )
+
+
+def _connected() -> bool:
+    import ray
+
+    return bool(ray.is_initialized())
+
+
+def _check_resources(serving: ServingSettings) -> None:
+    """Ray Serve would wait for ever for a replica that no node can hold."""
+    import ray
+
+    has = ray.cluster_resources()
+    for kind, each in (("CPU", serving.cpus_per_replica), ("GPU", serving.gpus_per_replica)):
+        wanted = each * max(serving.min_replicas, 1)
+        if wanted > has.get(kind, 0):
+            raise ResourceError(
+                f"{serving.min_replicas} replica(s) want {wanted:g} {kind}, and the cluster has "
+                f"{has.get(kind, 0):g}; lower serving.min_replicas or serving.{kind.lower()}s_per_replica"
+            )
+
+
+def _start_serve(serving: ServingSettings) -> ServeControllerClient:
+    """Connect to Ray Serve, after starting it where it does not run."""
+    from ray import serve as ray_serve
+
+    # `ray.serve` deploys an application in place only through a file and the dashboard's REST API. Its
+    # client is what that API itself calls; it uses the connection (and the token) that we already have.
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        _require_free(serving)
+        ray_serve.start(
+            http_options={
+                "host": serving.host,
+                "port": serving.port,
+                "request_timeout_s": serving.request_timeout_s,
+            }
+        )
+        client = _get_global_client()
+    listens = client.get_serve_details()["http_options"]["port"]
+    if listens != serving.port:
+        raise ResourceError(
+            f"Ray Serve already listens on port {listens}, one for all applications; "
+            f"use --serving.port {listens}, or stop it first (make stop)"
+        )
+    return client
+
+
+def _require_free(serving: ServingSettings) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in serving.host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((serving.host, serving.port))
+        except OSError as error:
+            raise ResourceError(
+                f"port {serving.port} on {serving.host} is in use or not ours ({error.strerror}); "
+                "end what uses it or take another with --serving.port N"
+            ) from error
+
+
+def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    # A configuration names all applications: what it does not name is deleted.
+    running = client.get_serve_details()["applications"]
+    others = [
+        found["deployed_app_config"]
+        for name, found in running.items()
+        if name != settings.name and found["deployed_app_config"]
+    ]
+    ours = application_config(settings, ref)
+    for name, found in running.items():
+        if name != settings.name and found["route_prefix"] == ours["route_prefix"]:
+            raise ResourceError(
+                f"application {name!r} already answers under {ours['route_prefix']}; "
+                f"set serving.route_prefix, such as /{settings.name}"
+            )
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, ours]}))
+
+
+def _runtime_env() -> dict[str, Any]:
+    import ray
+
+    runtime_env: dict[str, Any] = {"env_vars": tracking.places()}
+    # A submitted job's code lies in the cluster under a URI, and its replicas need the same code.
+    code = ray.get_runtime_context().runtime_env.get("working_dir")
+    if code and "://" in code:
+        runtime_env["working_dir"] = code
+    return runtime_env
+
+
+def _wait(client: ServeControllerClient, name: str, ref: ModelRef, url: str) -> None:
+    """Until the replicas serve `ref`. Raises ModelError with the reason when they do not."""
+    deadline = time.monotonic() + READY_SECONDS
+    state = "DEPLOYING"
+    while time.monotonic() < deadline:
+        app = client.get_serve_details()["applications"].get(name)
+        state = str(app["status"].value if app else state)
+        if app and state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ModelError(f"{name} did not deploy: {_reason(app)}")
+        if state == "RUNNING":
+            status, answer = _ask(f"{url}/readyz")
+            if status == 200 and f"{answer['model']}@{answer['version']}" == str(ref):
+                return
+            if status == 200 and answer["failed"]:
+                raise ModelError(f"{answer['model']}@{answer['version']} goes on serving: {answer['failed']}")
+            if status == 503:
+                raise ModelError(f"{name} is deployed, but not ready: {answer['error']['message']}")
+        time.sleep(0.2)
+    raise ResourceError(f"{name} was not ready within {READY_SECONDS} s (state {state}); see ray status")
+
+
+def _reason(app: dict[str, Any]) -> str:
+    """The last line of what Ray Serve says: above it is a traceback."""
+    said = [app["message"], *(d["message"] for d in app["deployments"].values())]
+    lines = [line.strip() for message in said for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve gives no reason"
+
+
+def _ask(url: str) -> tuple[int, dict[str, Any]]:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        try:
+            return error.code, json.load(error)
+        except ValueError:  # the ingress itself, whose routes come a moment after the replicas
+            return 0, {}
+    except OSError:
+        return 0, {}
+
+
+def job(settings: Settings) -> None:
+    url = deploy(settings)
+    _, answer = _ask(f"{url}/readyz")
+    print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
+    print(f"  API docs  {url}/docs")
+    print(
+        f"  try it    curl -s {url}/v1/{settings.task} -H 'content-type: application/json' "
+        """-d '{"inputs": ["Fits perfectly, I wear it every week."]}'"""
+    )
+
+
+if __name__ == "__main__":
+    command.main(job)
