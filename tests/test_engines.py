@@ -1,0 +1,110 @@
+"""Encoders: both engines agree with transformers, whatever the mix of lengths and the token budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import tracking
+from lib.engines import like_lengths, load_encoder, rounded
+from lib.errors import ModelError, ResourceError
+from lib.settings import ServingSettings
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny base with a random 3-class head."""
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    folder = tmp_path_factory.mktemp("classifier")
+    set_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=3).save_pretrained(folder)
+    return folder
+
+
+def rows_of(lengths: list[int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, 50, n).astype(np.int32) for n in lengths]
+
+
+def expected(folder: Path, rows: list[np.ndarray]) -> np.ndarray:
+    """One row at a time through transformers in fp32: no padding, no engine."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        found = [model(torch.from_numpy(row.astype(np.int64))[None]).logits[0].numpy() for row in rows]
+    return np.stack(found)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+@pytest.mark.parametrize("budget", [1, 64, 100_000])
+def test_logits_match_transformers_row_by_row(classifier: Path, engine: str, budget: int) -> None:
+    rows = rows_of([3, 90, 4, 17, 1, 33, 90, 2, 128])
+    serving = ServingSettings(engine=engine, precision="fp32", tokens_per_batch=budget)  # type: ignore[arg-type]
+    encoder = load_encoder(classifier, serving)
+    assert encoder.classes == 3
+    np.testing.assert_allclose(encoder.logits(rows), expected(classifier, rows), atol=2e-4)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_bf16_stays_near_fp32(classifier: Path, engine: str) -> None:
+    rows = rows_of([5, 60, 30])
+    encoder = load_encoder(classifier, ServingSettings(engine=engine, precision="bf16"))  # type: ignore[arg-type]
+    np.testing.assert_allclose(encoder.logits(rows), expected(classifier, rows), atol=0.05)
+
+
+def test_auto_takes_openvino_in_bf16_where_the_processor_has_it(classifier: Path) -> None:
+    precision = "bf16" if tracking.machine()["bf16"] else "fp32"
+    assert load_encoder(classifier, ServingSettings()).name == f"openvino {precision}"
+
+
+def test_results_do_not_change_under_later_calls(classifier: Path) -> None:
+    encoder = load_encoder(classifier, ServingSettings(precision="fp32"))
+    first = encoder.logits(rows_of([7]))
+    kept = first.copy()
+    encoder.logits(rows_of([9, 7]))
+    np.testing.assert_array_equal(first, kept)
+
+
+def test_like_lengths_covers_all_rows_once_within_the_budget() -> None:
+    lengths = np.random.default_rng(0).integers(1, 130, 500)
+    batches = list(like_lengths(lengths, 1024))
+    assert sorted(np.concatenate(batches)) == list(range(500))
+    for batch in batches:
+        assert len(batch) * rounded(int(lengths[batch].max())) <= 1024
+    # Like lengths: less padding than a tenth of what random batches of the same size would have.
+    padded = sum(len(b) * rounded(int(lengths[b].max())) for b in batches)
+    assert padded < 1.15 * lengths.sum()
+
+
+def test_like_lengths_of_nothing_is_nothing() -> None:
+    assert list(like_lengths(np.zeros(0, np.int64), 64)) == []
+
+
+def test_a_row_above_the_budget_is_a_batch_of_its_own() -> None:
+    assert [list(b) for b in like_lengths(np.array([100, 8, 100]), 64)] == [[1], [0], [2]]
+
+
+def test_a_gpu_that_is_not_there_is_one_line(classifier: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ResourceError, match="gpus_per_replica"):
+        load_encoder(classifier, ServingSettings(gpus_per_replica=1))
+
+
+def test_openvino_on_a_gpu_is_refused(classifier: Path) -> None:
+    with pytest.raises(ResourceError, match="engine openvino runs on CPUs"):
+        load_encoder(classifier, ServingSettings(engine="openvino", gpus_per_replica=1))
+
+
+def test_broken_weights_are_one_line(classifier: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((classifier / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="does not load"):
+        load_encoder(tmp_path, ServingSettings())

@@ -1,0 +1,91 @@
+"""The configuration: what ships parses, and every mistake is one line that names the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lib.errors import ConfigError
+from lib.settings import load_settings
+
+CONFIGS = sorted(Path("jobs/configs").glob("*.yaml"))
+REVIEWS = "jobs/configs/reviews.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_every_shipped_configuration_loads(path: Path) -> None:
+    settings = load_settings(path)
+    assert settings.name
+    assert settings.data.label_names
+
+
+def test_overrides_and_types() -> None:
+    settings = load_settings(REVIEWS, ["--training.learning_rate", "1e-3", "--data.limit=50"])
+    assert settings.training.learning_rate == 1e-3
+    assert settings.data.limit == 50
+
+
+def test_label_keys_compare_as_text_and_keep_their_order() -> None:
+    settings = load_settings(REVIEWS, ["--data.labels", "{2.0: good, 1: bad, "3": good}"])
+    assert settings.data.label_map == {"2": "good", "1": "bad", "3": "good"}
+    assert settings.data.label_names == ["good", "bad"]
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        (
+            ["--training.lerning_rate", "1"],
+            "unknown key 'training.lerning_rate'; did you mean 'learning_rate'?",
+        ),
+        (["--trainin.epochs", "1"], "unknown key 'trainin'; did you mean 'training'?"),
+        (["--training.epochs", "three"], "training.epochs: input should be a valid integer"),
+        (["--training.zero_stage", "7"], "training.zero_stage: input should be 0, 1, 2 or 3, got 7"),
+        (["--task", "sentimnt"], "no task 'sentimnt'; did you mean 'sentiment'?"),
+        (["--data.split.train", "0.5"], "train + validation + test must be 1, not 0.7"),
+        (["--data.labels", "[only]"], "data.labels: at least two different labels"),
+        (["--data.source", "[]"], "data.source"),
+        (["--data.slices", "{text: Title}"], "slice name 'text' is the name of a dataset column"),
+        (["--training.class_weights", "{negativ: 2}"], "no label 'negativ'; did you mean 'negative'?"),
+        (["--serving.min_replicas", "9"], "min_replicas 9 is above max_replicas"),
+        (["--name", "Bad Name"], "name: "),
+        (["--data.limit"], "--data.limit needs a value"),
+        (["data.limit", "3"], "unexpected argument 'data.limit'"),
+        (["--name.first", "x"], "'name' is a value, not a section"),
+    ],
+)
+def test_mistakes_are_one_line_that_names_the_key(override: list[str], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(REVIEWS, override)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"name: [", "line 1, column 8 is not valid YAML"),
+        (b"- a\n", "must hold keys and values"),
+        (b"\xff\xfe\x00", "cannot read"),
+        (b"name: x\ntask: sentiment\n", "data is missing; add it"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=says):
+        load_settings(path)
+
+
+def test_absent_file_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"did you mean 'reviews.yaml'\?"):
+        load_settings("jobs/configs/review.yaml")
+
+
+def test_loads_without_torch_or_ray() -> None:
+    code = "import sys, lib.settings; print(sorted({'torch', 'ray', 'transformers', 'mlflow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
