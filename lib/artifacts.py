@@ -19,7 +19,7 @@ from lib.errors import DataError, ModelError, RegistryError, StorageError
 
 SPLITS = ("train", "validation", "test")
 TASK_FILE = "task.json"
-# What unpickles on loading. A directory that holds one of these is refused, whatever else it holds.
+# What unpickles on loading. A base model may hold one beside its safetensors, a model version may not.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")
 
 

@@ -131,6 +131,10 @@ class Run:
     def tags(self) -> dict[str, str]:
         return dict(self.client.get_run(self.ref.id).data.tags)
 
+    def artifacts_uri(self) -> str:
+        """Where `log_file` and `log_dict` put things, config.yaml and environment.json among them."""
+        return str(self.client.get_run(self.ref.id).info.artifact_uri)
+
 
 @contextmanager
 def start_run(kind: str, settings: Settings) -> Iterator[Run]:

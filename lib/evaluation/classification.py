@@ -84,6 +84,25 @@ def measure(
     return Measured(report, _predictions(rows, truth, answers[MODEL]))
 
 
+def lead(ours: Measured, theirs: Measured, resamples: int) -> list[float]:
+    """One model's macro-F1 minus another's on the same split: value, and the ends of its 95% interval.
+
+    Without resamples only the value. Raises ValueError when the two were measured on different rows.
+    """
+    if ours.predictions["id"] != theirs.predictions["id"]:
+        raise ValueError("the two models were measured on different rows")
+    truth = ours.predictions["label"].to_numpy().astype(np.int64)
+    predicted = {
+        name: one.predictions["predicted"].to_numpy().astype(np.int64)
+        for name, one in (("ours", ours), ("theirs", theirs))
+    }
+    value = ours.report.metrics["macro_f1"] - theirs.report.metrics["macro_f1"]
+    if not resamples:
+        return [value]
+    scores = bootstrap_macro_f1(truth, predicted, len(ours.report.labels), resamples)
+    return [value, *interval(scores["ours"] - scores["theirs"])]
+
+
 def in_order(probabilities: Floats, own: list[str], wanted: list[str]) -> Floats:
     """A model's probabilities [N, C'] over the labels of a dataset [N, C].
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
+from lib import storage
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
@@ -26,6 +27,12 @@ def write(measured: Measured, folder: Path) -> None:
     (folder / "report.html").write_text(page(report, drawn), encoding="utf-8")
     pq.write_table(measured.predictions, folder / PREDICTIONS)
     report.write(folder)
+
+
+def read(uri: str) -> Measured:
+    """What `write` left in a published directory. Raises StorageError."""
+    with storage.local_copy(uri) as folder:
+        return Measured(EvalReport.read(str(folder)), pq.read_table(folder / PREDICTIONS))
 
 
 def figures(report: EvalReport) -> dict[str, bytes]:
