@@ -76,7 +76,7 @@ def test_like_lengths_covers_all_rows_once_within_the_budget() -> None:
     assert sorted(np.concatenate(batches)) == list(range(500))
     for batch in batches:
         assert len(batch) * rounded(int(lengths[batch].max())) <= 1024
-    # Like lengths: less padding than a tenth of what random batches of the same size would have.
+    # In random batches of 8 the padding would be about as much as the tokens.
     padded = sum(len(b) * rounded(int(lengths[b].max())) for b in batches)
     assert padded < 1.15 * lengths.sum()
 

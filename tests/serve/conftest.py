@@ -1,0 +1,112 @@
+"""A model store with three versions, and the deployed application on a real socket."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import storage
+from lib.artifacts import ModelRef, TaskFile
+from lib.settings import Settings
+from tests.conftest import free_port
+
+LABELS = ["negative", "neutral", "positive"]
+
+
+@dataclass
+class Answer:
+    status: int
+    body: Any
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An application's URL, and requests to it."""
+
+    url: str
+    settings: Settings
+
+    def post(self, body: bytes | str | dict[str, Any], path: str = "/v1/sentiment", **headers: str) -> Answer:
+        data = json.dumps(body) if isinstance(body, dict) else body
+        raw = data.encode() if isinstance(data, str) else data
+        named = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        return self._send(urllib.request.Request(self.url + path, raw, named))
+
+    def get(self, path: str, method: str = "GET") -> Answer:
+        return self._send(urllib.request.Request(self.url + path, method=method))
+
+    def _send(self, request: urllib.request.Request) -> Answer:
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return self._answer(answer.status, answer)
+        except urllib.error.HTTPError as error:
+            with error:
+                return self._answer(error.code, error)
+
+    def _answer(self, status: int, answer: Any) -> Answer:
+        headers = {k.lower(): v for k, v in answer.headers.items()}
+        text = answer.read()
+        is_json = headers.get("content-type") == "application/json"
+        return Answer(status, json.loads(text) if is_json else text.decode(), headers)
+
+
+def make_settings(**serving: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "name": "reviews",
+            "task": "sentiment",
+            "data": {"source": "nowhere.csv", "labels": LABELS},
+            "model": {"base": "nowhere"},
+            "serving": serving,
+        }
+    )
+
+
+def publish_version(base: Path, version: int, labels: list[str] | None = None) -> ModelRef:
+    """A model version in the storage root: the tiny base with a random head, another for each version."""
+    from transformers import AutoModelForSequenceClassification, set_seed
+
+    from lib.tasks import sentiment
+
+    ref = ModelRef("reviews", version)
+    set_seed(version)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
+    info = TaskFile("sentiment", labels or LABELS, 32, str(base), "reviews/0123456789abcdef")
+    with storage.publish(ref.uri) as folder:
+        sentiment.save(model, base, info, folder)
+    return ref
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator[Path]:
+    """A storage root that holds reviews@1 and reviews@2, and reviews@9, which names one label too few."""
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHORL_STORAGE", str(folder))
+        patch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
+        for version in (1, 2):
+            publish_version(tiny_base, version)
+        publish_version(tiny_base, 9, LABELS[:2])
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def endpoint(store: Path, ray_cluster: None) -> Iterator[Endpoint]:
+    """reviews@1, deployed on a free port."""
+    from ray import serve as ray_serve
+
+    from serve.deploy import deploy
+
+    settings = make_settings(
+        model="reviews@1", port=free_port(), max_inputs=8, max_chars=500, max_body_bytes=20_000
+    )
+    yield Endpoint(deploy(settings), settings)
+    ray_serve.shutdown()

@@ -1,0 +1,191 @@
+"""The endpoint over a real socket: its answers, and every way a client can get a request wrong."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+
+from lib.artifacts import ModelRef
+from lib.settings import ServingSettings
+from lib.storage import local_copy
+from tests.serve.conftest import LABELS, Endpoint
+
+pytestmark = pytest.mark.ray
+
+TEXTS = ["great fabric, love the fit", "awful", "the dress is okay " * 20, "size was bad"]
+
+
+def test_answers_agree_with_transformers(endpoint: Endpoint, store: Path) -> None:
+    """A label and scores for each input, in order, as the model gives them in fp32."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    answer = endpoint.post({"inputs": TEXTS})
+    assert answer.status == 200
+    with local_copy(ModelRef("reviews", 1).uri) as folder:
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = tokenizer(TEXTS, truncation=True, max_length=32, padding=True, return_tensors="pt")
+    encoded.pop("token_type_ids", None)
+    with torch.inference_mode():
+        expected = torch.softmax(model(**encoded).logits, -1).numpy()
+    for result, row in zip(answer.body["results"], expected, strict=True):
+        scores = [result["scores"][label] for label in LABELS]
+        np.testing.assert_allclose(scores, row, atol=0.02)
+        assert result["label"] == LABELS[int(np.argmax(scores))]
+        assert sum(scores) == pytest.approx(1, abs=1e-5)
+    assert [r["truncated"] for r in answer.body["results"]] == [False, False, True, False]
+    assert (answer.body["model"], answer.body["version"]) == ("reviews", 1)
+
+
+def test_the_same_text_gets_the_same_answer_alone_and_in_company(endpoint: Endpoint) -> None:
+    alone = endpoint.post({"inputs": TEXTS[:1]}).body["results"][0]["scores"]
+    together = endpoint.post({"inputs": TEXTS}).body["results"][0]["scores"]
+    assert alone == pytest.approx(together, abs=0.02)
+
+
+def test_request_id_is_the_clients_or_a_new_one(endpoint: Endpoint) -> None:
+    given = endpoint.post({"inputs": ["fine"]}, x_request_id="order-17")
+    assert given.body["request_id"] == given.headers["x-request-id"] == "order-17"
+    made = [endpoint.post({"inputs": ["fine"]}) for _ in range(2)]
+    assert made[0].body["request_id"] == made[0].headers["x-request-id"]
+    assert made[0].body["request_id"] != made[1].body["request_id"]
+
+
+def test_health_and_readiness(endpoint: Endpoint) -> None:
+    assert endpoint.get("/healthz").body == {"status": "alive"}
+    ready = endpoint.get("/readyz")
+    assert ready.status == 200
+    assert ready.body | {"engine": ""} == {
+        "status": "ready",
+        "model": "reviews",
+        "version": 1,
+        "engine": "",
+        "failed": None,
+    }
+
+
+def test_docs_load_nothing_from_elsewhere(endpoint: Endpoint) -> None:
+    page = endpoint.get("/docs")
+    assert page.status == 200
+    assert "http://" not in page.body
+    assert "https://" not in page.body
+    script = page.body.split('<script src="')[1].split('"')[0]
+    assert endpoint.get(script).status == 200
+
+
+def test_openapi_shows_examples_limits_and_errors(endpoint: Endpoint) -> None:
+    schema = endpoint.get("/openapi.json").body
+    request = schema["components"]["schemas"]["Request"]
+    assert request["examples"][0]["inputs"]
+    assert request["properties"]["inputs"]["maxItems"] == 8
+    assert request["properties"]["inputs"]["items"]["maxLength"] == 500
+    assert schema["components"]["schemas"]["Response"]["examples"][0]["results"]
+    responses = schema["paths"]["/v1/sentiment"]["post"]["responses"]
+    assert {"200", "4XX", "503"} <= set(responses)
+
+
+BAD = [
+    ("empty list", {"inputs": []}, "inputs", "too_short"),
+    ("empty text", {"inputs": [""]}, "inputs.0", "string_too_short"),
+    ("no inputs", {}, "inputs", "missing"),
+    ("unknown key", {"inputs": ["a"], "texts": ["a"]}, "texts", "extra_forbidden"),
+    ("a number", {"inputs": ["a", 5]}, "inputs.1", "string_type"),
+    ("null", {"inputs": [None]}, "inputs.0", "string_type"),
+    ("a string for the list", {"inputs": "great"}, "inputs", "list_type"),
+    ("an object for the list", {"inputs": {"0": "great"}}, "inputs", "list_type"),
+    ("too many inputs", {"inputs": ["a"] * 9}, "inputs", "too_long"),
+    ("too long a text", {"inputs": ["a" * 501]}, "inputs.0", "string_too_long"),
+    ("not an object", '["great"]', None, "model_attributes_type"),
+    ("cut off", '{"inputs": ["great"', None, "invalid_json"),
+    ("no body", "", None, "missing"),
+    ("not JSON", "inputs=great", None, "invalid_json"),
+    ("invalid UTF-8", b'{"inputs": ["gre\xff\xfet"]}', None, "invalid_json"),
+    ("half a surrogate pair", '{"inputs": ["\\ud83d"]}', "inputs.0", "string_unicode"),
+    ("NaN", '{"inputs": [NaN]}', "inputs.0", "string_type"),
+    ("nested too deep", "[" * 9_000, None, "invalid_json"),
+]
+
+
+@pytest.mark.parametrize(("what", "body", "param", "code"), BAD, ids=[case[0] for case in BAD])
+def test_a_bad_body_is_a_400_that_says_why(
+    endpoint: Endpoint, what: str, body: Any, param: str | None, code: str
+) -> None:
+    answer = endpoint.post(body)
+    assert answer.status == 400, what
+    error = answer.body["error"]
+    assert error["type"] == "invalid_request_error"
+    assert (error["param"], error["code"]) == (param, code)
+    assert error["message"]
+    assert "\n" not in error["message"]
+
+
+def test_a_body_of_another_content_type_is_a_400(endpoint: Endpoint) -> None:
+    answer = endpoint.post({"inputs": ["a"]}, content_type="text/plain")
+    assert answer.status == 400
+    assert "application/json" in answer.body["error"]["message"]
+
+
+def test_a_request_id_that_is_not_fit_for_a_log_is_a_400(endpoint: Endpoint) -> None:
+    for identity in ("two words", "x" * 129):
+        answer = endpoint.post({"inputs": ["a"]}, x_request_id=identity)
+        assert (answer.status, answer.body["error"]["param"]) == (400, "x-request-id")
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
+def test_a_wrong_method_is_a_405_that_names_the_right_one(endpoint: Endpoint, method: str) -> None:
+    answer = endpoint.get("/v1/sentiment", method)
+    assert answer.status == 405
+    assert answer.headers["allow"] == "POST"
+    assert "use POST" in answer.body["error"]["message"]
+
+
+def test_an_unknown_path_is_a_404(endpoint: Endpoint) -> None:
+    answer = endpoint.post({"inputs": ["a"]}, "/v1/sentiments")
+    assert (answer.status, answer.body["error"]["code"]) == (404, "not_found")
+
+
+def test_a_long_body_is_a_413_by_its_declared_length(endpoint: Endpoint) -> None:
+    answer = endpoint.post(b"x" * 20_001)
+    assert (answer.status, answer.body["error"]["code"]) == (413, "body_too_large")
+
+
+def test_a_long_body_is_a_413_as_it_arrives(endpoint: Endpoint) -> None:
+    """Chunked: no length is declared."""
+    parts = urlsplit(endpoint.url)
+    with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
+        connection.sendall(
+            b"POST /v1/sentiment HTTP/1.1\r\nhost: test\r\nconnection: close\r\n"
+            b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        for _ in range(5):
+            connection.sendall(b"1388\r\n" + b"x" * 5000 + b"\r\n")
+        connection.sendall(b"0\r\n\r\n")
+        answer = b""
+        while block := connection.recv(65536):
+            answer += block
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413")
+    assert json.loads(body)["error"]["code"] == "body_too_large"
+
+
+def test_after_all_that_the_replica_still_answers(endpoint: Endpoint) -> None:
+    assert endpoint.post({"inputs": ["great"]}).status == 200
+
+
+def test_a_request_at_every_limit_is_answered(endpoint: Endpoint) -> None:
+    answer = endpoint.post({"inputs": ["good " * 100] * 8})
+    assert answer.status == 200
+    assert all(result["truncated"] for result in answer.body["results"])
+
+
+def test_default_limits_hold_the_largest_request_they_allow() -> None:
+    """A body of max_inputs texts of ordinary length is not refused for its bytes."""
+    serving = ServingSettings()
+    assert serving.max_body_bytes > serving.max_inputs * 4_000
