@@ -92,13 +92,20 @@ def remove(path: str) -> None:
 
 def find(pattern: str) -> list[str]:
     """URIs of the files that a glob matches, that lie below a directory at any depth, or of the file
-    itself; sorted. Hidden files and those that begin with `_` are no data and are left out below a
-    directory. Empty when nothing is there."""
+    itself; sorted. Empty when nothing is there.
+
+    As in a shell, a glob does not match hidden files; below a directory, those that begin with `_` are
+    left out too: they are marks of other tools, not data."""
     fs, inside = filesystem(pattern)
     fs.invalidate_cache()
     if any(c in inside for c in "*?["):
         found = _reach(pattern, fs.glob, inside, detail=True)
-        paths = [p for p, entry in found.items() if entry["type"] == "file"]
+        hidden = inside.rsplit("/", 1)[-1].startswith(".")
+        paths = [
+            p
+            for p, entry in found.items()
+            if entry["type"] == "file" and (hidden or not p.rsplit("/", 1)[-1].startswith("."))
+        ]
     elif _reach(pattern, fs.isdir, inside):
         below = _reach(pattern, fs.find, inside)
         skip = len(inside.rstrip("/")) + 1

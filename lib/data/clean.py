@@ -8,6 +8,8 @@ ftfy (40 to 180 µs each, more than their tokenisation).
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Callable
 
 import ftfy
 import numpy as np
@@ -44,20 +46,28 @@ def _mojibake_pattern() -> str:
     return rf"[{classes[0]}] ?[{classes[1]}]|[\xc2\xc3\xc5\xce\xd0\xd9] "
 
 
+# NFC leaves everything below the first combining mark as it is.
+_COMPOSABLE = r"[\x{300}-\x{10ffff}]"
 _SUSPECT = "|".join([_SPACING, _ENTITY, _mojibake_pattern()])
 
 
 def normalise(texts: pa.Array) -> pa.Array:
     """Normalised copy of a string array; nulls stay null, and a text may become empty."""
-    suspect = pc.match_substring_regex(texts, _SUSPECT)
-    if pc.any(suspect).as_py():
-        mended = [normalise_text(t) for t in texts.filter(suspect).to_pylist()]
-        texts = pc.replace_with_mask(texts, pc.fill_null(suspect, False), pa.array(mended, texts.type))
-    return pc.utf8_normalize(texts, "NFC")
+    texts = _apply(_mend, texts, _SUSPECT)
+    # Not Arrow's utf8_normalize: in version 25 its NFC gives NFD.
+    return _apply(lambda text: unicodedata.normalize("NFC", text), texts, _COMPOSABLE)
 
 
-def normalise_text(text: str) -> str:
-    """One text, normalised all but NFC."""
+def _apply(change: Callable[[str], str], texts: pa.Array, pattern: str) -> pa.Array:
+    """`texts` with `change` applied to those that match the RE2 pattern."""
+    matching = pc.fill_null(pc.match_substring_regex(texts, pattern), False)
+    if not pc.any(matching).as_py():
+        return texts
+    changed = [change(text) for text in texts.filter(matching).to_pylist()]
+    return pc.replace_with_mask(texts, matching, pa.array(changed, texts.type))
+
+
+def _mend(text: str) -> str:
     if "&" in text and "<" not in text:  # with tags, it is markup, and `&lt;` must stay
         text = ftfy.fixes.unescape_html(text)
     if not text.isascii():

@@ -48,7 +48,7 @@ def partition_of(high: np.ndarray, count: int) -> np.ndarray:
 
 
 def find_duplicates(rows: pa.Table) -> pa.Table:
-    """Rows of one partition (`high`, `low`, `position` int64, `label` int32) → those to drop, by position.
+    """Rows of one partition (`high`, `low`, `position` int64, `label` int32) → DROPPED, in any order.
 
     `conflict` is true where the row that is kept has another label.
     """
@@ -59,16 +59,18 @@ def find_duplicates(rows: pa.Table) -> pa.Table:
     first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     kept = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
     conflict = label[order] != label[order][kept]
-    dropped = np.flatnonzero(~first)
-    dropped = dropped[np.argsort(position[order][dropped])]
-    return pa.table([position[order][dropped], conflict[dropped]], schema=DROPPED)
+    return pa.table([position[order][~first], conflict[~first]], schema=DROPPED)
+
+
+def by_position(dropped: pa.Table) -> pa.Table:
+    return dropped.sort_by("position")
 
 
 def dropped_among(tables: Sequence[Any], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `positions`, sorted, any table of find_duplicates drops: bool [rows], and where the kept row
-    has another label: bool [rows].
+    """Which of `positions`, sorted, any of the tables drops: bool [rows], and where the kept row has another
+    label: bool [rows].
 
-    The tables lie in Ray's object store and are sorted: only the few pages that are looked at are touched.
+    The tables (DROPPED, each sorted by position) lie in Ray's object store: only the few pages that are looked at are touched.
     """
     dropped, conflict = np.zeros(len(positions), bool), np.zeros(len(positions), bool)
     if not len(positions):
@@ -76,7 +78,9 @@ def dropped_among(tables: Sequence[Any], positions: np.ndarray) -> tuple[np.ndar
     for table in tables:
         column = flat(table["position"]).to_numpy()
         start, end = np.searchsorted(column, [positions[0], positions[-1] + 1])
-        found = np.searchsorted(positions, column[start:end])
-        dropped[found] = True
-        conflict[found] = table["conflict"].slice(start, end - start).to_numpy()
+        index = np.searchsorted(positions, column[start:end])
+        # A source that changed between the passes may lack a row that was to be dropped.
+        there = positions[index] == column[start:end]
+        dropped[index[there]] = True
+        conflict[index[there]] = table["conflict"].slice(start, end - start).to_numpy()[there]
     return dropped, conflict

@@ -98,13 +98,15 @@ def scan(reading: Reading, settings: Settings) -> Scanned:
 
 
 def find_duplicates(reading: Reading, hashes: ray.data.Dataset) -> ray.data.Dataset:
-    """Shuffle by hash; a dataset of dedup.DROPPED, a block sorted by position for each partition."""
+    """Shuffle by hash; a dataset of dedup.DROPPED, each block sorted by position."""
     partitions = dedup.partitions(sum(file.size for file in reading.files))
     flat = hashes.map_batches(
         blocks.unpack, fn_kwargs={"names": HASH_COLUMNS}, batch_size=None, batch_format="pyarrow"
     )
     groups = flat.groupby("partition", num_partitions=partitions)
-    return groups.map_groups(dedup.find_duplicates, batch_format="pyarrow").materialize()
+    found = groups.map_groups(dedup.find_duplicates, batch_format="pyarrow")
+    # A block holds what was found in several partitions, one after the other.
+    return found.map_batches(dedup.by_position, batch_size=None, batch_format="pyarrow").materialize()
 
 
 def write(

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from lib import storage
 from lib.data.sources import FORMAT_NAMES, SourceFile
-from lib.errors import DataError, WhorlError
+from lib.errors import DataError
 
 # One CSV row must fit into this; a longer one is nearly always an unclosed quote.
 CSV_BLOCK_BYTES = 8 << 20
@@ -45,8 +45,8 @@ def column_names(file: SourceFile) -> list[str]:
                 raise DataError(f"{file.name} holds no rows")
             return list(names)
         case _:
-            with _opened(file) as stream:
-                return list(_csv(file, stream, pacsv.ConvertOptions()).schema.names)
+            with _opened(file) as stream, _csv(file, stream, pacsv.ConvertOptions()) as reader:
+                return list(reader.schema.names)
 
 
 def read_tables(file: SourceFile, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
@@ -120,52 +120,55 @@ def _read_csv(file: SourceFile, columns: Sequence[str]) -> Iterator[pa.Table]:
     options = pacsv.ConvertOptions(
         include_columns=wanted, column_types=dict.fromkeys(wanted, pa.string()), strings_can_be_null=False
     )
-    with _opened(file) as stream:
-        reader = _csv(file, stream, options)
-        while True:
-            try:
-                batch = reader.read_next_batch()
-            except StopIteration:
-                return
-            except pa.ArrowException as error:
-                raise _csv_error(file, error) from error
+    with _opened(file) as stream, _csv(file, stream, options) as reader:
+        for batch in reader:
             yield pa.table([batch.column(name) for name in columns], names=list(columns))
 
 
-def _csv(file: SourceFile, stream: Any, convert: pacsv.ConvertOptions) -> pacsv.CSVStreamingReader:
+@contextmanager
+def _csv(file: SourceFile, stream: Any, convert: pacsv.ConvertOptions) -> Iterator[pacsv.CSVStreamingReader]:
+    invalid: list[pacsv.InvalidRow] = []
+
+    def remember(row: pacsv.InvalidRow) -> str:
+        invalid.append(row)  # Arrow swallows what is raised here
+        return "error"
+
     try:
-        return pacsv.open_csv(
+        yield pacsv.open_csv(
             stream,
             # With threads Arrow cannot say which row is wrong.
             read_options=pacsv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES),
             parse_options=pacsv.ParseOptions(
                 delimiter="\t" if file.format == "tsv" else ",",
                 newlines_in_values=True,
-                invalid_row_handler=lambda row: _refuse_row(file, row),
+                invalid_row_handler=remember,
             ),
             convert_options=convert,
         )
     except pa.ArrowException as error:
-        raise _csv_error(file, error) from error
+        raise _csv_error(file, error, invalid) from error
 
 
-def _refuse_row(file: SourceFile, row: pacsv.InvalidRow) -> str:
-    # Arrow counts the header as a row.
-    place = f"row {row.number - 1}" if row.number else "a row"
-    text = row.text if len(row.text) <= 60 else row.text[:60] + "…"
-    raise DataError(
-        f"{file.name} {place} has {row.actual_columns} columns where the header has {row.expected_columns} "
-        f"({text!r}); quote fields that hold the separator"
-    )
-
-
-def _csv_error(file: SourceFile, error: pa.ArrowException) -> WhorlError:
+def _csv_error(file: SourceFile, error: pa.ArrowException, invalid: list[pacsv.InvalidRow]) -> DataError:
     text = str(error)
     if "UTF8" in text or "UTF-8" in text:
         return _utf8_error(file)
     if "straddling" in text:
         return DataError(
             f"{file.name} has a row of more than {CSV_BLOCK_BYTES >> 20} MiB; look for a quote that is not closed"
+        )
+    if invalid:
+        row = invalid[0]
+        # Arrow counts the header as a row.
+        place = f"row {row.number - 1}" if row.number else "a row"
+        mend = (
+            "look for a quote that is not closed"
+            if "\n" in row.text
+            else "quote fields that hold the separator"
+        )
+        return DataError(
+            f"{file.name} {place} has {row.actual_columns} columns where the header has {row.expected_columns} "
+            f"({row.text[:60]!r}); {mend}"
         )
     return DataError(f"{file.name} is not readable {FORMAT_NAMES[file.format]}: {text}")
 

@@ -51,11 +51,8 @@ class SourceFile:
     gzip: bool
     size: int
     """Bytes."""
-
-    @property
-    def name(self) -> str:
-        """The file as messages and manifests show it: a local path is short, a password is hidden."""
-        return display(self.uri)
+    name: str
+    """As messages and manifests show it: `sample://NAME`, or the URI without `file://` and passwords."""
 
 
 def display(uri: str) -> str:
@@ -84,7 +81,11 @@ def _files_of(source: str) -> list[SourceFile]:
             f"data.source: cannot tell the format of {display(uris[0])} from its ending; "
             f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file"
         )
-    return [SourceFile(uri, *found, storage.size(uri)) for uri, found in known]
+    names = [source if is_sample(source) else display(uri) for uri, _ in known]
+    return [
+        SourceFile(uri, *found, storage.size(uri), name)
+        for (uri, found), name in zip(known, names, strict=True)
+    ]
 
 
 def file_format(uri: str) -> tuple[str, bool] | None:

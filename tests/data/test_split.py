@@ -1,0 +1,42 @@
+"""Where rows go."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.data.split import assign
+from lib.settings import Split
+
+HASHES = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
+
+
+def test_shares_are_met() -> None:
+    counts = np.bincount(assign(HASHES, Split(train=0.7, validation=0.2, test=0.1)), minlength=3)
+    # Three standard deviations of a binomial share.
+    assert counts / len(HASHES) == pytest.approx([0.7, 0.2, 0.1], abs=3 * np.sqrt(0.25 / len(HASHES)))
+
+
+def test_place_depends_on_hash_and_seed_alone() -> None:
+    whole = assign(HASHES, Split())
+    order = np.random.default_rng(1).permutation(len(HASHES))
+    assert (assign(HASHES[order], Split()) == whole[order]).all()
+    assert (assign(HASHES[:10], Split()) == whole[:10]).all()
+    other = assign(HASHES, Split(seed=1))
+    # Two independent draws of 80/10/10 agree on 0.66 of the rows.
+    assert np.mean(other == whole) == pytest.approx(0.66, abs=0.01)
+
+
+def test_neighbouring_hashes_scatter() -> None:
+    counts = np.bincount(assign(np.arange(100_000), Split()), minlength=3)
+    assert counts / 100_000 == pytest.approx([0.8, 0.1, 0.1], abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("shares", "empty"),
+    [((0.9, 0.1, 0.0), [2]), ((0.9, 0.0, 0.1), [1]), ((1.0, 0.0, 0.0), [1, 2]), ((0.7, 0.3, 0.0), [2])],
+)
+def test_a_share_of_zero_gets_no_row(shares: tuple[float, float, float], empty: list[int]) -> None:
+    split = Split(train=shares[0], validation=shares[1], test=shares[2])
+    counts = np.bincount(assign(HASHES, split), minlength=3)
+    assert [i for i in range(3) if counts[i] == 0] == empty
