@@ -65,7 +65,7 @@ def use_fast_dropout(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Dropout:
-                setattr(module, name, FastDropout(child.p))
+                setattr(module, name, FastDropout(child.p).train(child.training))
     config = getattr(model, "config", None)
     # Grouped key-value heads and causal masks have more cases than this attention knows.
     if config is not None and getattr(config, "model_type", "") in (
