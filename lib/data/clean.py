@@ -69,7 +69,9 @@ def _apply(change: Callable[[str], str], texts: pa.Array, pattern: str) -> pa.Ar
 
 def _mend(text: str) -> str:
     if "&" in text and "<" not in text:  # with tags, it is markup, and `&lt;` must stay
-        text = ftfy.fixes.unescape_html(text)
+        # Scraped text is often escaped more than once (&amp;#39;); each round makes it shorter.
+        while (plain := ftfy.fixes.unescape_html(text)) != text:
+            text = plain
     if not text.isascii():
         text = ftfy.fix_encoding(text)
     text = _DELETED.sub("", _TERMINAL.sub("", text))

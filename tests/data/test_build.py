@@ -22,7 +22,7 @@ from lib.errors import DataError
 from lib.settings import Settings
 from tests.conftest import WORDS
 
-pytestmark = pytest.mark.usefixtures("ray_cluster", "storage")
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "storage")]
 
 
 def settings(base: Path, source: Any, **data: Any) -> Settings:

@@ -49,6 +49,7 @@ def fail(config: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> s
     return error.removeprefix("error: ").strip()
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_it_tells_what_it_made_and_skips_what_is_there(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -94,6 +95,7 @@ def test_mistakes_that_need_no_reading(
     assert f"{source} line 2, byte 3 (0xf6) is not valid UTF-8; convert" in fail(config, capsys)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_mistakes_in_the_rows(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source.csv"
@@ -113,6 +115,7 @@ def test_mistakes_in_the_rows(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert f"{source} row 121 has 3 columns where the header has 2 ('one,too,many')" in fail(config, capsys)
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_first_mistake_in_source_order_is_told(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -143,6 +146,7 @@ def command(config: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, "-m", "jobs.preprocess", "--config", str(config), *overrides], environment
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(
     ("content", "said"),
@@ -166,6 +170,7 @@ def test_exit_code_and_one_line_of_the_real_command(
     assert "Traceback" not in done.stdout
 
 
+@pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_killed_run_leaves_nothing_that_a_reader_can_see(
     config: Path, tmp_path: Path, storage: Path
