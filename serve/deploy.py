@@ -17,11 +17,11 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from lib import command, storage, tracking
+from lib import command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings, Settings
-from serve.following import resolve
+from serve.following import parse_reference
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -36,7 +36,7 @@ def deploy(settings: Settings) -> str:
     Raises RegistryError for an alias or version that does not exist, ModelError for one that cannot be
     served, ResourceError for a port in use, missing CPUs or an absent cluster.
     """
-    ref = resolve(settings.serving.model or f"{settings.name}@champion")
+    ref = registry.resolve(*parse_reference(settings.serving.model or f"{settings.name}@champion"))
     _check_task(ref, settings)
     if not (os.environ.get("RAY_ADDRESS") or command.running_cluster() or _connected()):
         raise ResourceError("no cluster is up to deploy to; python -m cluster.local up starts one")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from lib import storage
+from lib import registry
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, RegistryError, unwrap
 
@@ -109,8 +109,8 @@ class Following(Generic[M]):
         return True
 
     def _fetch(self, reference: str) -> tuple[ModelRef, M]:
-        ref = resolve(reference)
-        with storage.local_copy(ref.uri) as folder:
+        ref = registry.resolve(*parse_reference(reference))
+        with registry.open_version(ref) as folder:
             return ref, self._load(folder)
 
 
@@ -120,23 +120,6 @@ def parse_reference(reference: str) -> tuple[str, str]:
     if match is None:
         raise ConfigError(f"model {reference!r} must look like reviews@champion or reviews@3")
     return match["name"], match["version"]
-
-
-def resolve(reference: str) -> ModelRef:
-    """The exact version behind NAME@VERSION or NAME@ALIAS.
-
-    Raises RegistryError when there is no such alias, or no such version in storage.
-    """
-    name, version = parse_reference(reference)
-    if version.isdigit():
-        ref = ModelRef(name, int(version))
-    else:
-        from lib import registry  # takes seconds to import, and an exact version does not need it
-
-        ref = registry.resolve(name, version)
-    if not storage.published(ref.uri):
-        raise RegistryError(f"no model version {ref} under {ref.uri}; run python -m jobs.promote first")
-    return ref
 
 
 def _close_if_unused(loaded: Loaded[M]) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from lib import storage
 from lib.artifacts import ModelRef, TaskFile
+from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from tests.conftest import free_port
 
@@ -82,6 +83,8 @@ def publish_version(base: Path, version: int, labels: list[str] | None = None) -
     info = TaskFile("sentiment", labels or LABELS, 32, str(base), "reviews/0123456789abcdef")
     with storage.publish(ref.uri) as folder:
         sentiment.save(model, base, info, folder)
+        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+        storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
 
 
