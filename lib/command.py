@@ -26,6 +26,13 @@ from lib.settings import Settings, load_settings
 # Logical CPUs for a Ray of our own. On a small box Train workers, an actor pool and the reads that feed
 # them must hold slots at the same time; with as many slots as cores they wait for one another for ever.
 MIN_LOGICAL_CPUS = 8
+# What libraries say on their own account would bury the lines that count.
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 # Written by `cluster.local up`: how this machine's cluster is reached.
 STATE = storage.PROJECT / ".whorl" / "cluster.json"
 
@@ -81,7 +88,8 @@ def connect() -> None:
     cluster = running_cluster()
     for key, value in cluster.get("environment", {}).items():
         os.environ.setdefault(key, value)
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():

@@ -7,6 +7,7 @@ of the rows that were seen, not a count of steps, since batches are cut by token
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import tempfile
@@ -40,6 +41,8 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """A worker, from start to end. Returns what `Loop.summary` says (the same on every worker)."""
     settings = Settings.model_validate(config["settings"])
     dataset = DatasetRef(**config["dataset"])
+    # Every report and checkpoint would be a line; the loop prints its own, with what counts.
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     torch.set_num_threads(max(1, round(settings.training.cpus_per_worker)))
     torch.manual_seed(settings.training.seed)
     task = load_task(settings.task)
