@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef, TaskFile
 from lib.base_models import base_directory
+from lib.command import QUIET
 from lib.errors import DataError, ResourceError
 from lib.settings import Settings
 from lib.tasks import load_task
@@ -73,8 +74,10 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
         per_worker["GPU"] = training.gpus_per_worker
     environment = {
         **tracking.places(),
+        **QUIET,
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "PYTHONWARNINGS": "ignore",
     }
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
         if name in os.environ:
