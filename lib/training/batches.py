@@ -14,7 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from lib import storage
 
 Indices = NDArray[np.int64]
 
@@ -85,6 +88,26 @@ def plan_window(
     parts = [window.take(pa.array(groups[i])) for i in random.permutation(count)]
     totals = add_up(np.array([weigh(part) for part in parts]))
     return [Planned(part, float(total)) for part, total in zip(parts, totals, strict=True)]
+
+
+def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
+    """Tables of at most `rows` rows from Parquet files, in order.
+
+    For validation: every worker reads the whole split and computes its share. A Ray Data execution for
+    each worker and each validation would take longer to start than the split to read.
+    """
+    for shard in shards:
+        fs, path = storage.filesystem(shard)
+        with fs.open(path, "rb") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, columns=columns(shard)):
+                yield pa.Table.from_batches([batch])
+
+
+def columns(shard: str) -> list[str]:
+    """The columns that training reads: all but those that only evaluation needs."""
+    fs, path = storage.filesystem(shard)
+    with fs.open(path, "rb") as file:
+        return [name for name in pq.read_schema(file).names if name not in ("id", "text")]
 
 
 def in_order(window: pa.Table, budget: int, rank: int, world: int) -> Iterator[pa.Table]:

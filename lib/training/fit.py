@@ -10,7 +10,7 @@ from typing import Any
 import ray
 import ray.data
 import ray.train
-from ray.train import CheckpointConfig, DataConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from lib import storage, tracking
@@ -20,7 +20,7 @@ from lib.command import QUIET
 from lib.errors import DataError, ResourceError
 from lib.settings import Settings
 from lib.tasks import load_task
-from lib.training import loop
+from lib.training import batches, loop
 from lib.training.dropout import plain_attention
 
 
@@ -83,9 +83,6 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
         if name in os.environ:
             environment[name] = os.environ[name]
     ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar shows the same rows
-    splits = {"train": _read(dataset, "train", training.workers)}
-    if dataset.shards("validation"):
-        splits["validation"] = _read(dataset, "validation", 1)
     return TorchTrainer(
         loop.train,
         train_loop_config={
@@ -93,9 +90,8 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
             "dataset": dataclasses.asdict(dataset),
             "run": dataclasses.asdict(run),
         },
-        datasets=splits,
-        # Only the training rows are split: equal shares drop a remainder, and validation must be whole.
-        dataset_config=DataConfig(datasets_to_split=["train"]),
+        # Split in equal shares, which may leave out a row or two; validation reads its split whole.
+        datasets={"train": _read(dataset, training.workers)},
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=on_gpu, resources_per_worker=per_worker
         ),
@@ -106,16 +102,18 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
             # A checkpoint is reported only when it is the best so far, so the latest is the best.
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": environment},
+            # Ray would print each report and checkpoint; the loop prints what counts.
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
 
 
-def _read(dataset: DatasetRef, split: str, workers: int) -> ray.data.Dataset:
-    """A split's shards as a lazy Ray dataset, without the columns that training does not read."""
-    shards = dataset.shards(split)
-    schema = ray.data.read_parquet(shards[:1]).schema()
-    columns = [name for name in schema.names if name not in ("id", "text")]
-    return ray.data.read_parquet(shards, columns=columns, override_num_blocks=max(len(shards), workers))
+def _read(dataset: DatasetRef, workers: int) -> ray.data.Dataset:
+    """The training shards as a lazy Ray dataset, without the columns that training does not read."""
+    shards = dataset.shards("train")
+    return ray.data.read_parquet(
+        shards, columns=batches.columns(shards[0]), override_num_blocks=max(len(shards), workers)
+    )
 
 
 def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any) -> None:

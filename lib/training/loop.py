@@ -7,7 +7,6 @@ of the rows that were seen, not a count of steps, since batches are cut by token
 
 from __future__ import annotations
 
-import logging
 import math
 import resource
 import tempfile
@@ -41,8 +40,6 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     """A worker, from start to end. Returns what `Loop.summary` says (the same on every worker)."""
     settings = Settings.model_validate(config["settings"])
     dataset = DatasetRef(**config["dataset"])
-    # Every report and checkpoint would be a line; the loop prints its own, with what counts.
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
     torch.set_num_threads(max(1, round(settings.training.cpus_per_worker)))
     torch.manual_seed(settings.training.seed)
     task = load_task(settings.task)
@@ -56,7 +53,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     manifest = dataset.manifest()
     loop = Loop(engine, task, settings, task.balance(manifest, settings), run)
     loop.rows_in_all = settings.training.epochs * manifest["splits"]["train"]["rows"]
-    loop.has_validation = manifest["splits"]["validation"]["rows"] > 0
+    loop.validation = dataset.shards("validation")
     return loop.run_all()
 
 
@@ -82,7 +79,7 @@ class Loop:
     balance: dict[str, float]
     run: tracking.Run | None
     rows_in_all: int = 1
-    has_validation: bool = True
+    validation: list[str] = field(default_factory=list)
     step: int = 0
     rows: int = 0
     tokens: int = 0
@@ -208,7 +205,7 @@ class Loop:
 
     def _validate(self, epoch: int) -> bool:
         """Measure on the validation split, keep the engine if it is the best; True to stop early."""
-        metrics = self._measure() if self.has_validation else {}
+        metrics = self._measure() if self.validation else {}
         name = self.training.metric
         if metrics and name not in metrics:
             raise ConfigError(
@@ -244,12 +241,11 @@ class Loop:
     def _measure(self) -> dict[str, float]:
         """Metrics over the whole validation split; every row is computed on one worker."""
         self.engine.eval()
-        shard = ray.train.get_dataset_shard("validation")
         outputs: list[dict[str, np.ndarray]] = []
         sums = np.zeros(2)
         rows_held = self.training.shuffle_rows * self.world
         budget = self.training.tokens_per_batch * VALIDATION_BATCH
-        for window in shard.iter_batches(batch_size=rows_held, batch_format="pyarrow"):
+        for window in batches.read(self.validation, rows_held):
             share = list(batches.in_order(window, budget, self.rank, self.world))
             # Under ZeRO-3 every forward pass is collective: a worker with one batch fewer repeats its last.
             for i in range(self._largest(len(share))):
