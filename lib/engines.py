@@ -43,17 +43,28 @@ Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # Engines compile a kernel for each new shape; rounding T up keeps the shapes few.
 WIDTH_STEP = 8
+# Padded tokens that take a CPU about as long as one more call does (MiniLM-L6: 1 to 2 ms).
+CPU_CALL_TOKENS = 64
 
 
 class Encoder:
     """A loaded model: `logits(rows)`. Not for use by two threads at once."""
 
     def __init__(
-        self, forward: Forward, *, name: str, pad: int, positions: int, tokens_per_batch: int
+        self,
+        forward: Forward,
+        *,
+        name: str,
+        pad: int,
+        positions: int,
+        tokens_per_batch: int,
+        padding_per_batch: int,
     ) -> None:
         self.name = name
         """Engine and precision, such as `openvino bf16`."""
         self.tokens_per_batch = tokens_per_batch
+        self.padding_per_batch = padding_per_batch
+        """Padding above which two batches are quicker than one."""
         self._forward = forward
         self._pad = pad
         self._positions = positions
@@ -125,6 +136,8 @@ def load_encoder(folder: Path, serving: ServingSettings) -> Encoder:
         pad=int(config.get("pad_token_id") or 0),
         positions=int(config.get("max_position_embeddings") or 1 << 30),
         tokens_per_batch=serving.tokens_per_batch,
+        # On a GPU a call costs as much as thousands of tokens.
+        padding_per_batch=serving.tokens_per_batch if gpu else CPU_CALL_TOKENS,
     )
 
 

@@ -1,9 +1,9 @@
 """Dynamic batching inside a replica: rows of many requests, computed together with rows of like length.
 
 One thread owns the engine. While it computes, rows gather; when it is free it takes the one that has
-waited longest and those nearest to it in length, up to a budget of padded tokens. Nobody waits for a
-batch to fill: a row that finds the engine idle is computed at once, so one client pays nothing, and the
-batches grow by themselves as the load does.
+waited longest and those nearest to it in length, as long as they pad little, up to a budget of tokens.
+Nobody waits for a batch to fill: a row that finds the engine idle is computed at once, so one client pays
+nothing, and the batches grow by themselves as the load does.
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ class Waiting:
 
 
 class LengthBatcher:
-    """Queue and engine thread. `compute` is only ever called from that one thread."""
+    """Queue and engine thread. `compute` is only ever called from that one thread.
 
-    def __init__(self, compute: Compute, tokens_per_batch: int) -> None:
+    A batch holds at most `tokens_per_batch` tokens, and `padding_per_batch` of padding: with more, two
+    batches would be quicker than one (at 32 clients, reviews of 22 to 129 tokens: a third more rows/s).
+    """
+
+    def __init__(self, compute: Compute, tokens_per_batch: int, padding_per_batch: int) -> None:
         self._compute = compute
         self._tokens_per_batch = tokens_per_batch
+        self._padding_per_batch = padding_per_batch
         self._queue: list[Waiting] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -82,13 +87,13 @@ class LengthBatcher:
         """Take from the queue the row that waited longest and those nearest to it in length."""
         if not self._queue:
             return []
-        oldest = len(self._queue[0].tokens)
-        nearest = sorted(range(len(self._queue)), key=lambda i: abs(len(self._queue[i].tokens) - oldest))
+        lengths = [len(waiting.tokens) for waiting in self._queue]
         chosen: set[int] = set()
-        longest = 0
-        for i in nearest:
-            longest = max(longest, len(self._queue[i].tokens))
-            if chosen and (len(chosen) + 1) * rounded(longest) > self._tokens_per_batch:
+        longest = total = 0
+        for i in sorted(range(len(lengths)), key=lambda i: abs(lengths[i] - lengths[0])):
+            longest, total = max(longest, lengths[i]), total + lengths[i]
+            padded = (len(chosen) + 1) * rounded(longest)
+            if chosen and (padded > self._tokens_per_batch or padded - total > self._padding_per_batch):
                 break
             chosen.add(i)
         batch = [self._queue[i] for i in sorted(chosen)]

@@ -57,7 +57,8 @@ class Model:
 
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
         self.predictor = task.load(folder, serving)
-        self.batcher = LengthBatcher(self.predictor.encoder.logits, serving.tokens_per_batch)
+        encoder = self.predictor.encoder
+        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
 
     async def answer(self, texts: list[str]) -> list[task.Answer]:
         if sum(map(len, texts)) > CHARS_IN_LOOP:

@@ -36,7 +36,7 @@ def engine() -> Engine:
 
 @pytest.fixture
 def batcher(engine: Engine) -> Iterator[LengthBatcher]:
-    made = LengthBatcher(engine, tokens_per_batch=64)
+    made = LengthBatcher(engine, tokens_per_batch=64, padding_per_batch=16)
     yield made
     engine.free.set()
     made.close()
@@ -74,7 +74,7 @@ def test_rows_that_gather_while_it_is_busy_are_computed_by_length(
         engine.free.clear()
         first = asyncio.create_task(batcher.results(rows(8)))
         await until(lambda: engine.batches)
-        # The oldest of these is 30 long: it goes first, with the one nearest to it, and not with 1 and 2.
+        # The oldest of these is 30 long: it goes first, with the one nearest to it; 1 and 2 would pad.
         later = [asyncio.create_task(batcher.results(rows(n))) for n in (30, 1, 29, 2)]
         await asyncio.sleep(0.05)
         engine.free.set()
@@ -117,7 +117,7 @@ def test_a_client_that_goes_away_leaves_the_queue(batcher: LengthBatcher, engine
 
 def test_closing_answers_what_is_queued(engine: Engine) -> None:
     async def scene() -> float:
-        batcher = LengthBatcher(engine, tokens_per_batch=64)
+        batcher = LengthBatcher(engine, tokens_per_batch=64, padding_per_batch=16)
         engine.free.clear()
         queued = [asyncio.create_task(batcher.results(rows(n))) for n in (8, 60)]
         await until(lambda: engine.batches)

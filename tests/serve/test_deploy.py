@@ -119,9 +119,7 @@ def test_more_cpus_than_the_cluster_has_are_refused(endpoint: Endpoint) -> None:
 
 
 def test_a_version_that_is_not_there_is_refused(endpoint: Endpoint) -> None:
-    with pytest.raises(
-        RegistryError, match=r"no model version reviews@7 .*there are: 1, 2.*jobs\.promote"
-    ):
+    with pytest.raises(RegistryError, match=r"no model version reviews@7 .*there are: 1, 2.*jobs\.promote"):
         move_to(endpoint, 7)
 
 
