@@ -7,16 +7,19 @@ of the rows that were seen, not a count of steps, since batches are cut by token
 
 from __future__ import annotations
 
+import itertools
 import math
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
@@ -39,6 +42,7 @@ VALIDATION_BATCH = 4
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """A worker, from start to end. Returns what `Loop.summary` says (the same on every worker)."""
     settings = Settings.model_validate(config["settings"])
+    first = FirstWindow(settings.training.shuffle_rows)
     dataset = DatasetRef(**config["dataset"])
     torch.set_num_threads(max(1, round(settings.training.cpus_per_worker)))
     torch.manual_seed(settings.training.seed)
@@ -53,6 +57,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     manifest = dataset.manifest()
     loop = Loop(engine, task, settings, task.balance(manifest, settings), run)
     loop.rows_in_all = settings.training.epochs * manifest["splits"]["train"]["rows"]
+    loop.first = first
     loop.validation = dataset.shards("validation")
     return loop.run_all()
 
@@ -69,6 +74,27 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     return training.learning_rate * max(0.0, 1 - done)
 
 
+def training_windows(rows: int) -> Iterator[pa.Table]:
+    """This worker's part of the training rows, in tables of `rows` rows."""
+    shard = ray.train.get_dataset_shard("train")
+    windows: Iterator[pa.Table] = iter(
+        shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
+    )
+    return windows
+
+
+class FirstWindow:
+    """The first epoch's windows, the first of them read while the model is built."""
+
+    def __init__(self, rows: int) -> None:
+        self._rest = training_windows(rows)
+        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._rest, 1)))
+
+    def windows(self) -> Iterator[pa.Table]:
+        yield from self._first.result()
+        yield from self._rest
+
+
 @dataclass
 class Loop:
     """One worker's state while it trains. `run` is the tracked run on rank 0, None on the others."""
@@ -80,6 +106,7 @@ class Loop:
     run: tracking.Run | None
     rows_in_all: int = 1
     validation: list[str] = field(default_factory=list)
+    first: FirstWindow | None = None
     step: int = 0
     rows: int = 0
     tokens: int = 0
@@ -134,11 +161,9 @@ class Loop:
 
     def _groups(self, epoch: int) -> Iterator[list[batches.Planned]]:
         """The micro-batches of one optimiser step after another."""
-        shard = ray.train.get_dataset_shard("train")
         random = np.random.default_rng([self.training.seed, epoch])
-        windows = shard.iter_batches(
-            batch_size=self.training.shuffle_rows, batch_format="pyarrow", prefetch_batches=1
-        )
+        first, self.first = self.first, None
+        windows = first.windows() if first else training_windows(self.training.shuffle_rows)
         for window in windows:
             planned = batches.plan_window(
                 window,

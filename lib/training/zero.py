@@ -23,22 +23,26 @@ def precision(training: TrainingSettings) -> str:
     return "bf16" if tracking.machine()["bf16"] else "fp32"
 
 
-def config(training: TrainingSettings) -> dict[str, Any]:
-    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/)."""
+def config(training: TrainingSettings, parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/) for a model of that size."""
     number = precision(training)
+    # Buffers of a bucket's size are allocated whole: no larger than what is ever in them,
+    # and a multiple of the alignment that DeepSpeed asks for.
+    bucket = min(-(-parameters // 1024) * 1024, 200_000_000)
     return {
         # Batches are cut by tokens, so their number of rows is not fixed: DeepSpeed only wants a number.
         "train_micro_batch_size_per_gpu": 1,
         # step() ends an accumulation: the last group of a window may be shorter than the others.
         "managed_gradient_accumulation": False,
         "gradient_clipping": training.clip,
-        "bf16": {"enabled": number == "bf16"},
+        # bf16 has fp32's range, so nothing overflows step by step; the loop looks for a loss that is not finite.
+        "bf16": {"enabled": number == "bf16", "check_grad_overflow": False},
         "fp16": {"enabled": number == "fp16"},
         "zero_optimization": {
             "stage": training.zero_stage,
             "overlap_comm": torch.cuda.is_available() and training.zero_stage == 2,
-            "reduce_bucket_size": int(5e8),
-            "allgather_bucket_size": int(5e8),
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
         },
         # torch's fused AdamW is ours to choose: DeepSpeed would compile one of its own first.
         "zero_allow_untested_optimizer": True,
@@ -63,7 +67,9 @@ def initialize(model: nn.Module, training: TrainingSettings) -> Any:
         lr=training.learning_rate,
         fused=True,
     )
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config(training))
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=config(training, sum(p.numel() for p in model.parameters()))
+    )
     return engine
 
 

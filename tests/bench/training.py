@@ -29,7 +29,7 @@ from tests.bench.environments import rival_python
 from tests.bench.report import Report
 
 CONFIG = "jobs/configs/reviews.yaml"
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 2048
 # The share of rows that a preprocessing limit of LIMIT leaves for training is 0.8.
 LIMIT = 5150
 COMMON = [
