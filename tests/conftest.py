@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,25 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WHORL_STORAGE", str(folder))
     monkeypatch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SQLite database with MLflow's tables and nothing in them: making them takes a second."""
+    from lib import tracking
+
+    file = tmp_path_factory.mktemp("database") / "whorl.db"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHORL_DATABASE", f"sqlite:///{file}")
+        tracking.client()
+    return file
+
+
+@pytest.fixture
+def database(storage: Path, empty_database: Path) -> Path:
+    """The database of `storage`, with its tables made already."""
+    storage.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(empty_database, storage / "whorl.db"))
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lib import storage
-from lib.artifacts import DatasetRef, TaskFile, check_model_directory
+from lib.artifacts import SPLITS, DatasetRef, TaskFile, check_model_directory
 from lib.errors import DataError
 from lib.evaluation import baselines
 from lib.evaluation.baselines import Baseline
@@ -136,24 +136,22 @@ def start_baselines(dataset: DatasetRef, classes: int, evaluation: EvaluationSet
     """
     import ray
 
-    return ray.remote(num_cpus=1)(fit_baselines).remote(dataset, classes, evaluation.baseline_rows)
+    shards = {split: dataset.shards(split) for split in SPLITS}
+    return ray.remote(num_cpus=1)(fit_baselines).remote(shards, classes, evaluation.baseline_rows)
 
 
-def fit_baselines(dataset: DatasetRef, classes: int, limit: int) -> dict[str, Baseline]:
-    """Both baselines, fitted on at most `limit` evenly spaced training rows."""
-    train, validation, test = (
-        read_texts(dataset, split, most)
-        for split, most in (("train", limit), ("validation", limit), ("test", None))
-    )
+def fit_baselines(shards: dict[str, list[str]], classes: int, limit: int) -> dict[str, Baseline]:
+    """Both baselines, fitted on at most `limit` evenly spaced training rows. `shards`: split → URIs."""
+    train, validation = (read_texts(shards[split], limit) for split in ("train", "validation"))
+    test, _ = read_texts(shards["test"])
     return {
-        "tfidf": baselines.tfidf(train, validation, test[0], classes),
-        "majority": baselines.majority(train[1], len(test[0]), classes),
+        "tfidf": baselines.tfidf(train, validation, test, classes),
+        "majority": baselines.majority(train[1], len(test), classes),
     }
 
 
-def read_texts(dataset: DatasetRef, split: str, most: int | None = None) -> tuple[list[str], np.ndarray]:
+def read_texts(shards: list[str], most: int | None = None) -> tuple[list[str], np.ndarray]:
     """Texts and labels int64 of a split, sorted by id; at most `most`, evenly spaced."""
-    shards = dataset.shards(split)
     if not shards:
         return [], np.zeros(0, np.int64)
     fs, _ = storage.filesystem(shards[0])
