@@ -1,0 +1,101 @@
+"""The sentiment task: encoding, loss, weights, and a model directory's round trip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from lib.errors import ConfigError, ModelError
+from lib.settings import ModelSettings, Settings
+from lib.tasks import load_task, sentiment
+
+TEXTS = ["the dress fits", "great", "the fabric is soft and the size was fine " * 6]
+
+
+def settings_for(base: Path, **training: object) -> Settings:
+    return Settings.model_validate(
+        {
+            "name": "x",
+            "task": "sentiment",
+            "data": {"source": "x.csv", "labels": ["bad", "fine", "good"]},
+            "model": {"base": str(base), "max_length": 32},
+            "training": training,
+        }
+    )
+
+
+def encoded(base: Path) -> pa.Table:
+    table = pa.table({"text": TEXTS, "label": pa.array([0, 2, 1], pa.int32())})
+    return sentiment.encode(table, ModelSettings(base=str(base), max_length=32))
+
+
+def test_encode_is_what_transformers_gives(tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    rows = encoded(tiny_base)
+    expected = AutoTokenizer.from_pretrained(tiny_base)(TEXTS, truncation=True, max_length=32)["input_ids"]
+    assert rows["input_ids"].to_pylist() == expected
+    assert rows["length"].to_pylist() == [len(i) for i in expected]
+    assert rows["truncated"].to_pylist() == [False, False, True]
+
+
+def test_collate_pads_to_the_longest(tiny_base: Path) -> None:
+    rows = encoded(tiny_base)
+    batch = sentiment.collate(rows.slice(0, 2), pad=0)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert batch["attention_mask"].sum(1).tolist() == rows["length"].to_pylist()[:2]
+    assert batch["input_ids"][batch["attention_mask"] == 0].unique().tolist() in ([0], [])
+    assert batch["labels"].tolist() == [0, 2]
+
+
+def test_loss_is_a_sum_so_that_batches_add_up(tiny_base: Path) -> None:
+    settings = settings_for(tiny_base)
+    balance = {"bad": 2.0, "fine": 1.0, "good": 0.5}
+    model = sentiment.build(tiny_base, settings).eval()
+    rows = encoded(tiny_base)
+    with torch.no_grad():
+        whole, outputs = sentiment.loss(model, sentiment.collate(rows, 0), settings, balance)
+        parts = [
+            sentiment.loss(model, sentiment.collate(rows.slice(i, 1), 0), settings, balance)[0]
+            for i in range(3)
+        ]
+    assert float(whole) == pytest.approx(float(sum(parts)), rel=1e-5)
+    assert sentiment.weight(rows, settings, balance) == 3.5
+    assert outputs["logits"].shape == (3, 3)
+
+
+def test_class_weights() -> None:
+    manifest = {"splits": {"train": {"labels": {"bad": 10, "fine": 30, "good": 60}}}}
+    base = Path("unused")
+    assert sentiment.balance(manifest, settings_for(base)) == {"bad": 1, "fine": 1, "good": 1}
+    balanced = sentiment.balance(manifest, settings_for(base, class_weights="balanced"))
+    assert balanced["bad"] == pytest.approx(100 / 30)
+    assert sum(balanced[k] * v for k, v in manifest["splits"]["train"]["labels"].items()) == pytest.approx(
+        100
+    )
+    given = sentiment.balance(manifest, settings_for(base, class_weights={"bad": 3}))
+    assert given == {"bad": 3, "fine": 1, "good": 1}
+
+
+def test_metrics_count_every_class() -> None:
+    logits = np.eye(3)[[0, 0, 1, 1]]
+    metrics = sentiment.metrics({"logits": logits, "labels": np.array([0, 0, 1, 0])})
+    assert metrics["accuracy"] == 0.75
+    assert metrics["macro_f1"] == pytest.approx((0.8 + 2 / 3 + 0) / 3)
+
+
+def test_too_long_for_the_model(tiny_base: Path) -> None:
+    settings = settings_for(tiny_base).model_copy(
+        update={"model": ModelSettings(base=str(tiny_base), max_length=512)}
+    )
+    with pytest.raises(ModelError, match=r"model.max_length 512 is above the 128 positions"):
+        sentiment.build(tiny_base, settings)
+
+
+def test_unknown_task() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'sentiment'"):
+        load_task("sentiments")

@@ -1,0 +1,78 @@
+"""The house's own rules: what the README and the Makefile promise is there, the lock is whole, no host is named."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import yaml
+
+FILES = [Path(f) for f in subprocess.run(["git", "ls-files"], capture_output=True, text=True).stdout.split()]
+TEXTS = [f for f in FILES if f.is_file() and f.suffix in {".py", ".md", ".toml", ".yaml", ".lock", ""}]
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_top_level_folders_are_the_fixed_ones() -> None:
+    tops = {f.parts[0] for f in FILES if len(f.parts) > 1 and not f.parts[0].startswith(".")}
+    assert tops <= {"cluster", "jobs", "serve", "lib", "tests", "k8s"}
+
+
+@pytest.mark.skipif(not FILES, reason="not a git checkout")
+def test_no_registry_host_is_named() -> None:
+    pattern = re.compile(
+        r"--(extra-)?index-url[ =]https?|--find-links|https?://[^ ]*(pypi|pythonhosted|download\.pytorch)"
+    )
+    assert [str(f) for f in TEXTS if f.name != "test_house.py" and pattern.search(f.read_text())] == []
+
+
+def test_lock_holds_every_requirement_and_is_what_is_installed() -> None:
+    locked = dict(
+        line.split("==")
+        for line in Path("requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    names = {canonical(n): v for n, v in locked.items()}
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["samples"], *extras["dev"]]:
+        name = canonical(re.split(r"[\[<>=]", requirement)[0])
+        assert name in names, f"{name} is not in requirements.lock; make lock"
+        assert version(name).split("+")[0] == names[name]
+
+
+def test_readme_commands_exist() -> None:
+    text = Path("README.md").read_text()
+    makefile = Path("Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z][a-z-]*)", text):
+        module = Path(f"tests/bench/{target.removeprefix('bench-')}.py")
+        assert re.search(rf"^{target}:", makefile, re.M) or (
+            target.startswith("bench-") and module.is_file()
+        ), target
+    for module in re.findall(r"python -m ((?:jobs|serve|cluster)\.\w+)", text):
+        assert Path(module.replace(".", "/") + ".py").is_file(), module
+    for path in re.findall(r"(?:jobs|serve)/[\w/]+\.yaml", text):
+        assert Path(path).is_file(), path
+    for image in re.findall(r"\]\((\.github/[^)]+)\)", text):
+        assert Path(image).is_file(), image
+
+
+def test_readme_configuration_is_valid() -> None:
+    from lib.settings import Settings
+
+    block = re.search(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.S)
+    assert block
+    assert Settings.model_validate(yaml.safe_load(block[1])).data.label_names == ["angry", "calm", "happy"]
+
+
+def test_make_help_lists_every_documented_target() -> None:
+    shown = subprocess.run(["make", "help"], capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "demo", "stop", "test", "ui", "lock"):
+        assert re.search(rf"^{target} ", shown, re.M)

@@ -1,0 +1,65 @@
+"""Runs in a real SQLite database: what is written, how they end, how they are found again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lib import tracking
+from lib.errors import DataError, RegistryError
+from lib.settings import load_settings
+
+SETTINGS = load_settings("jobs/configs/reviews.yaml")
+
+
+def test_run_holds_configuration_environment_and_metrics(storage: Path) -> None:
+    with tracking.start_run("finetune", SETTINGS) as run:
+        run.log_metrics({"train/loss": 0.5}, step=1)
+        run.log_metrics({"train/loss": 0.25}, step=2)
+    found = run.client.get_run(run.ref.id)
+    assert found.info.status == "FINISHED"
+    assert found.data.params["training.learning_rate"] == "0.0001"
+    assert found.data.tags["kind"] == "finetune"
+    assert found.data.tags["git_commit"]
+    assert [m.value for m in run.client.get_metric_history(run.ref.id, "train/loss")] == [0.5, 0.25]
+    names = {f.path for f in run.client.list_artifacts(run.ref.id)}
+    assert {"config.yaml", "environment.json"} <= names
+    config = Path(run.client.download_artifacts(run.ref.id, "config.yaml"))
+    assert load_settings(config) == SETTINGS
+
+
+def test_failed_run_keeps_its_one_line_and_is_not_found(storage: Path) -> None:
+    with pytest.raises(DataError), tracking.start_run("finetune", SETTINGS) as run:
+        raise DataError("row 3 is bad")
+    assert run.client.get_run(run.ref.id).info.status == "FAILED"
+    assert run.tags()["error"] == "row 3 is bad"
+    with pytest.raises(RegistryError, match="no finished finetune run of 'reviews'"):
+        tracking.find_run(SETTINGS, "finetune")
+
+
+def test_latest_run_and_only_the_pipelines_own(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tracking.start_run("finetune", SETTINGS):
+        pass
+    monkeypatch.setenv("WHORL_PIPELINE", "mine")
+    with tracking.start_run("finetune", SETTINGS) as mine:
+        pass
+    monkeypatch.delenv("WHORL_PIPELINE")
+    with tracking.start_run("finetune", SETTINGS) as last:
+        pass
+    assert tracking.find_run(SETTINGS, "finetune").ref == last.ref
+    assert tracking.find_run(SETTINGS, "finetune", mine.ref.id).ref == mine.ref
+    monkeypatch.setenv("WHORL_PIPELINE", "mine")
+    assert tracking.find_run(SETTINGS, "finetune").ref == mine.ref
+
+
+def test_unknown_run_is_one_line_without_the_password(storage: Path) -> None:
+    with pytest.raises(RegistryError, match="no run 'nothing'"):
+        tracking.find_run(SETTINGS, "finetune", "nothing")
+
+
+def test_machine_and_versions() -> None:
+    machine = tracking.machine()
+    assert machine["cores"] >= 1
+    assert machine["memory_gib"] > 0
+    assert {"python", "ray", "torch", "deepspeed"} <= set(tracking.versions())
