@@ -51,7 +51,7 @@ def test_lock_holds_every_requirement_and_is_what_is_installed() -> None:
 def test_readme_commands_exist() -> None:
     text = Path("README.md").read_text()
     makefile = Path("Makefile").read_text()
-    for target in re.findall(r"\bmake ([a-z][a-z-]*)", text):
+    for target in re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.M):
         module = Path(f"tests/bench/{target.removeprefix('bench-')}.py")
         assert re.search(rf"^{target}:", makefile, re.M) or (
             target.startswith("bench-") and module.is_file()
