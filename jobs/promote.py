@@ -41,7 +41,7 @@ def promote(settings: Settings) -> None:
     candidate = files.read(run.ref.evaluation_uri)
     ref = registry.register(run, candidate.report)
     registry.set_alias(ref, CANDIDATE)
-    print(f"registered {ref} at {ref.uri}")
+    print(f"run {run.ref.id} is registered as {ref}: {ref.uri}")
     # Another promotion may move the champion while this one measures; then it is measured again.
     while not decide(settings, run, ref, candidate):
         print("the champion has changed meanwhile: comparing again")

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from lib import storage
 from lib.artifacts import SPLITS, DatasetRef, TaskFile, check_model_directory
-from lib.errors import DataError
+from lib.errors import DataError, ResourceError
 from lib.evaluation import baselines
 from lib.evaluation.baselines import Baseline
 from lib.evaluation.metrics import Floats
@@ -98,7 +98,8 @@ def read_task(model_uri: str) -> TaskFile:
 def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -> Scored:
     """Run a model over a split. Needs a connection to Ray.
 
-    Raises DataError for a split without rows, ModelError for a directory that cannot be used.
+    Raises DataError for a split without rows, ModelError for a directory that cannot be used,
+    ResourceError when the cluster is too small for the actors.
     """
     import ray
     from ray.experimental import tqdm_ray
@@ -110,6 +111,7 @@ def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -
     serving = settings.serving.model_copy(update={"tokens_per_batch": settings.evaluation.tokens_per_batch})
     actor = ray.remote(Scorer).options(num_cpus=serving.cpus_per_replica, num_gpus=serving.gpus_per_replica)
     workers = min(settings.evaluation.workers, len(parts))
+    _check_resources(workers, serving)
     pool = ActorPool([actor.remote(info.task, model_uri, serving) for _ in range(workers)])
     bar = tqdm_ray.tqdm(total=sum(part.rows for part in parts), desc=f"scoring {split}", unit="rows")
     answers: list[Answers] = []
@@ -167,6 +169,19 @@ def softmax(logits: Floats) -> Floats:
     exponents = np.exp(logits - logits.max(-1, keepdims=True))
     shares: Floats = exponents / exponents.sum(-1, keepdims=True)
     return shares
+
+
+def _check_resources(workers: int, serving: ServingSettings) -> None:
+    """Ray would wait for ever for an actor that no node can hold."""
+    import ray
+
+    has = ray.cluster_resources()
+    for kind, each in (("CPU", serving.cpus_per_replica), ("GPU", serving.gpus_per_replica)):
+        if workers * each > has.get(kind, 0):
+            raise ResourceError(
+                f"{workers} scoring actor(s) want {workers * each:g} {kind}, and the cluster has"
+                f" {has.get(kind, 0):g}; lower evaluation.workers or serving.{kind.lower()}s_per_replica"
+            )
 
 
 def _parts(dataset: DatasetRef, split: str) -> list[Part]:

@@ -14,7 +14,7 @@ from jobs.evaluate import evaluate
 from lib import storage as places
 from lib import tracking
 from lib.artifacts import EvalReport
-from lib.errors import DataError, ModelError, RegistryError, unwrap
+from lib.errors import DataError, ModelError, RegistryError, ResourceError, unwrap
 from lib.evaluation import report as files
 from lib.evaluation import scoring
 from tests.trained import make_dataset, make_run, use
@@ -143,6 +143,15 @@ def test_empty_test_split(settings, ray_cluster):
     make_run(settings, make_dataset(settings, test=False))
     with pytest.raises(DataError, match=r"raise data.split.test or data.limit"):
         evaluate(settings)
+
+
+def test_more_actors_than_the_cluster_can_hold(settings, ray_cluster):
+    make_run(settings, make_dataset(settings))
+    large = settings.model_copy(
+        update={"serving": settings.serving.model_copy(update={"cpus_per_replica": 5})}
+    )
+    with pytest.raises(ResourceError, match=r"2 scoring actor\(s\) want 10 CPU, and the cluster has 8"):
+        evaluate(choose(large, workers=2))
 
 
 def test_baselines_fit_on_evenly_spaced_rows_when_there_are_too_many(settings):
