@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -125,13 +126,15 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One local Ray for all integration tests, with more logical CPUs than the machine has cores."""
     import ray
 
+    # Ray's socket paths must stay under 107 characters, so the folder is not pytest's own.
+    folder = tempfile.mkdtemp(prefix="whorl-test-", dir="/tmp")
     ray.init(
         num_cpus=8,
         include_dashboard=False,
         logging_level="warning",
-        # Ray's socket paths must stay under 107 characters.
-        _temp_dir=f"/tmp/whorl-test-{os.getpid()}",
+        _temp_dir=folder,
         runtime_env={"env_vars": {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}},
     )
     yield
     ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
