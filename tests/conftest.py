@@ -58,8 +58,9 @@ WORDS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fast tests first, then those on the shared Ray, then the slow ones: a mistake shows early."""
-    items.sort(key=lambda item: (bool(item.get_closest_marker("slow")), bool(item.get_closest_marker("ray"))))
+    """Fast tests first; then those that bring up a cluster of their own, before the shared Ray takes the
+    ports that there is only one of; then those on the shared Ray, the slow ones last."""
+    items.sort(key=lambda item: (bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))))
 
 
 @pytest.fixture

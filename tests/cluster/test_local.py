@@ -24,7 +24,7 @@ import pytest
 
 from tests.conftest import free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TREE = ("cluster", "jobs", "lib", "serve")
 SCRIPTS = Path(sys.executable).parent
