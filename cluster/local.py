@@ -6,7 +6,8 @@
 `up` starts a supervisor that stays in the background and owns every process of the cluster: it asks the
 kernel to be given orphans (a child subreaper), so that whatever Ray, Serve or an engine leaves behind is
 still its descendant. `down` ends the supervisor, and that ends them all. Token authentication is on;
-everything but Serve's HTTP port listens on the loopback interface only. Both commands are idempotent.
+everything but Serve's HTTP port and HAProxy's own figures listens on the loopback interface only. Both
+commands are idempotent.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def supervise(arguments: argparse.Namespace) -> None:
         signal.signal(number, lambda received, _: stop.append(received))
     folder = temporary_folder()
     agent = free_port()
-    head = subprocess.Popen(_head_command(arguments, folder, agent))
+    head = subprocess.Popen(_head_command(arguments, folder, agent), env={**os.environ, **ingress_ports()})
     page = subprocess.Popen(page_command(arguments.ui_port))
     try:
         # The agent is the last to come, and jobs are refused until it is there.
@@ -249,7 +250,17 @@ def require_free(port: int, option: str) -> None:
         raise ResourceError(f"port {port} is in use; end what uses it or choose another: {option} N")
 
 
+def ingress_ports() -> dict[str, str]:
+    """Free ports for what HAProxy and its fallback listen on besides Serve's own port.
+
+    Their defaults are fixed (9101, 8404, 8500): with them a second cluster's ingress does not start.
+    """
+    names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
+    return {f"RAY_SERVE_{name}": str(free_port()) for name in names}
+
+
 def free_port() -> int:
+    """A port that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])

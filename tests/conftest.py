@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from cluster.local import ingress_ports
 
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -18,20 +19,12 @@ for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-os.environ["RAY_SERVE_HAPROXY_METRICS_PORT"] = str(free_port())
-os.environ["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"] = str(free_port())
+os.environ |= ingress_ports()
 
 WORDS = [
     "the",

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import free_port
+from cluster.local import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

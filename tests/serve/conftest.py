@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from cluster.local import free_port
 from lib import storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
-from tests.conftest import free_port
 
 LABELS = ["negative", "neutral", "positive"]
 

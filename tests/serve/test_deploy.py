@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.local import free_port
 from lib import storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.settings import ServingSettings
 from serve.deploy import application_config, deploy
 from serve.following import parse_reference
-from tests.conftest import free_port
 from tests.serve.conftest import Endpoint, make_settings, publish_version
 
 pytestmark = pytest.mark.ray
