@@ -94,3 +94,46 @@ def test_fingerprint_ignores_the_order_of_keys() -> None:
 
 def test_root_follows_the_environment(storage: Path) -> None:
     assert files.root() == f"file://{storage}"
+
+
+def test_workers_publish_under_one_uri(place: str) -> None:
+    with files.publish_from_workers(place) as uri:
+        with files.open_file(files.join(uri, "train", "a.txt"), "wb") as file:
+            file.write(b"hello")
+        assert not files.published(place)
+    assert files.published(place)
+    assert files.read_bytes(files.join(place, "train", "a.txt")) == b"hello"
+    with pytest.raises(StorageError, match="already published"), files.publish_from_workers(place):
+        pass
+
+
+def test_crash_of_workers_leaves_nothing_and_the_next_run_starts_clean(place: str) -> None:
+    def crash() -> None:
+        with files.publish_from_workers(place) as uri:
+            files.write_bytes(files.join(uri, "train", "half.txt"), b"half")
+            raise RuntimeError("crash")
+
+    with pytest.raises(RuntimeError, match="crash"):
+        crash()
+    assert not files.exists(place)
+    # A killed run cleans nothing up: on an object store its files are still there.
+    if place.startswith("memory"):
+        files.write_bytes(files.join(place, "train", "half.txt"), b"half")
+    with files.publish_from_workers(place) as uri:
+        files.write_bytes(files.join(uri, "train", "whole.txt"), b"whole")
+    assert files.ls(files.join(place, "train")) == ["whole.txt"]
+
+
+def test_find_takes_files_globs_and_folders(place: str) -> None:
+    for name in ("b.csv", "a.csv", "deep/c.csv", ".hidden.csv", "_SUCCESS", ".git/d.csv"):
+        files.write_bytes(files.join(place, name), b"x,y\n")
+    named = {uri.split("things/")[1]: uri for uri in files.find(place)}
+    assert list(named) == ["a.csv", "b.csv", "deep/c.csv"]
+    assert files.find(named["a.csv"]) == [named["a.csv"]]
+    assert [u.split("things/")[1] for u in files.find(files.join(place, "*.csv"))] == ["a.csv", "b.csv"]
+    assert files.find(files.join(place, "*.parquet")) == files.find(files.join(place, "absent")) == []
+    assert files.size(named["a.csv"]) == 4
+    with files.open_file(named["a.csv"]) as file:
+        assert file.read() == b"x,y\n"
+    with pytest.raises(StorageError, match="does not exist"), files.open_file(files.join(place, "absent")):
+        pass

@@ -33,6 +33,8 @@ from lib.tasks import load_task
 
 # Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
 RAY_BLOCK_BYTES = 1 << 20
+# Blocks that may wait for each task in the object store.
+AHEAD_BLOCKS = 2
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 
@@ -177,6 +179,10 @@ def _context() -> ray.data.DataContext:
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = RAY_BLOCK_BYTES
+    # Readers are faster than the tokeniser: without a limit they would fill the object store.
+    context.execution_options.resource_limits = ray.data.ExecutionResources(
+        object_store_memory=AHEAD_BLOCKS * blocks.BLOCK_BYTES * _parallel_tasks()
+    )
     context.enable_progress_bars = sys.stdout.isatty()
     context.enable_rich_progress_bars = True
     context.use_ray_tqdm = False

@@ -8,8 +8,8 @@ twice, normalise, drop empty and duplicate rows, map labels, split, tokenise. Th
 in a process of its own, one after the other; timed is the work without start-up (imports, Ray's head), but
 with the start of workers on both sides.
 
-Memory is the largest proportional set size (PSS: private pages, and a process's share of what it shares)
-that any one process had, and of all of a side's processes together, Ray's object store included.
+Memory of the largest process is its peak of private memory (RssAnon); memory of all processes is the peak
+of the sum of their proportional set sizes (private pages, libraries, and Ray's object store, each once).
 """
 
 from __future__ import annotations
@@ -178,18 +178,25 @@ def measure(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
 
 
 def sample(process: subprocess.Popen[str], peak: dict[str, int], every_s: float = 0.5) -> None:
-    """Keep the peaks of PSS of a process and all that it started, until it ends."""
+    """Keep the peaks of memory of a process and all that it started, until it ends."""
     root = psutil.Process(process.pid)
     while process.poll() is None:
-        sizes = []
+        private, proportional = [0], [0]
         with suppress(psutil.NoSuchProcess):
             for member in [root, *root.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                    sizes.append(member.memory_full_info().pss)
-        if sizes:
-            peak["process"] = max(peak["process"], *sizes)
-            peak["all"] = max(peak["all"], sum(sizes))
+                with suppress(psutil.Error, OSError):  # it has just ended
+                    private.append(kilobytes(member.pid, "status", "RssAnon") << 10)
+                    proportional.append(kilobytes(member.pid, "smaps_rollup", "Pss") << 10)
+        peak["process"] = max(peak["process"], *private)
+        peak["all"] = max(peak["all"], sum(proportional))
         time.sleep(every_s)
+
+
+def kilobytes(pid: int, file: str, key: str) -> int:
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    return 0
 
 
 def agreeing(shards: list[Path], theirs: Path, rows: int = 2000) -> float:
