@@ -119,9 +119,6 @@ def supervise(arguments: argparse.Namespace) -> None:
         signal.signal(number, lambda received, _: stop.append(received))
     folder = temporary_folder()
     agent = free_port()
-    # The ingress's own pages have fixed ports too; only their numbers matter to nobody.
-    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-        os.environ.setdefault(name, str(free_port()))
     head = subprocess.Popen(_head_command(arguments, folder, agent), env={**os.environ, **ingress_ports()})
     page = subprocess.Popen(page_command(arguments.ui_port))
     try:

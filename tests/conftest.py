@@ -122,9 +122,6 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Ray's socket paths must stay under 107 characters, so the folder is not pytest's own.
     folder = tempfile.mkdtemp(prefix="whorl-test-", dir="/tmp")
-    # Serve's ingress takes fixed ports for these, which another Serve on this machine would hold.
-    for name in ("RAY_SERVE_HAPROXY_STATS_PORT", "RAY_SERVE_HAPROXY_METRICS_PORT"):
-        os.environ.setdefault(name, str(free_port()))
     ray.init(
         num_cpus=8,
         include_dashboard=False,
