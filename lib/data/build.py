@@ -30,10 +30,11 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     with storage.publish_from_workers(plan.ref.uri) as uri:
         say(f"scanning {_source(plan)}")
-        scanned = scan(plan.reading, plan.settings)
+        scanned, hashes = scan(plan.reading, plan.settings)
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows; looking for duplicates")
-        dropped = find_duplicates(plan.reading, scanned.hashes)
+        dropped = find_duplicates(plan.reading, hashes)
+        del hashes  # 36 bytes a row, in the object store
         say("tokenising and writing")
         written = write(plan.reading, plan.settings, scanned, dropped, uri, say)
         _check_written(plan, scanned, written, uri)

@@ -35,6 +35,7 @@ from lib.tasks import load_task
 RAY_BLOCK_BYTES = 1 << 20
 # Blocks that may wait for each task in the object store.
 AHEAD_BLOCKS = 2
+SHUFFLE_BYTES = 64 << 20
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 
@@ -53,8 +54,6 @@ class Scanned:
     """Fragment → blocks."""
     problem: str | None = None
     """The first thing in the source that could not be read."""
-    hashes: Any = None
-    """Ray dataset of packed HASH_COLUMNS, in the object store."""
 
 
 @dataclass
@@ -67,9 +66,11 @@ class Written:
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
-def scan(reading: Reading, settings: Settings) -> Scanned:
-    """First pass: count what is there and hash every usable text."""
-    partitions = dedup.partitions(sum(file.size for file in reading.files))
+def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Dataset]:
+    """First pass: count what is there and hash every usable text.
+
+    The hashes are a dataset of packed HASH_COLUMNS that lies in the object store while it is referred to.
+    """
     hashes = (
         _read(reading, "scan")
         .map_batches(
@@ -77,7 +78,7 @@ def scan(reading: Reading, settings: Settings) -> Scanned:
             fn_kwargs={
                 "columns": list(reading.columns),
                 "mapping": Mapping.of(settings.data),
-                "partitions": partitions,
+                "partitions": _partitions(reading),
             },
             batch_size=1,
             batch_format="pyarrow",
@@ -86,7 +87,7 @@ def scan(reading: Reading, settings: Settings) -> Scanned:
         .materialize()
     )
     found = _rows(hashes.select_columns(["fragment", "number", "problem", "counts"]))
-    scanned = Scanned(hashes=hashes)
+    scanned = Scanned()
     for row in sorted(found, key=lambda r: (r["fragment"], r["number"])):
         counts = json.loads(row["counts"])
         scanned.problem = scanned.problem or row["problem"]
@@ -96,16 +97,15 @@ def scan(reading: Reading, settings: Settings) -> Scanned:
         scanned.unlabelled += counts["unlabelled"]
         scanned.unknown = scanned.unknown.merge(Unknown(**counts["unknown"]))
         scanned.files.update({int(index): rows for index, rows in counts["files"].items()})
-    return scanned
+    return scanned, hashes
 
 
 def find_duplicates(reading: Reading, hashes: ray.data.Dataset) -> ray.data.Dataset:
     """Shuffle by hash; a dataset of dedup.DROPPED, each block sorted by position."""
-    partitions = dedup.partitions(sum(file.size for file in reading.files))
     flat = hashes.map_batches(
         blocks.unpack, fn_kwargs={"names": HASH_COLUMNS}, batch_size=None, batch_format="pyarrow"
     )
-    groups = flat.groupby("partition", num_partitions=partitions)
+    groups = flat.groupby("partition", num_partitions=_partitions(reading))
     found = groups.map_groups(dedup.find_duplicates, batch_format="pyarrow")
     # A block holds what was found in several partitions, one after the other.
     return found.map_batches(dedup.by_position, batch_size=None, batch_format="pyarrow").materialize()
@@ -152,6 +152,10 @@ def write(
     return written
 
 
+def _partitions(reading: Reading) -> int:
+    return dedup.partitions(sum(file.size for file in reading.files))
+
+
 def _read(reading: Reading, name: str) -> ray.data.Dataset:
     """A dataset of blocks, each packed into one row."""
     fragments = [
@@ -183,6 +187,8 @@ def _context() -> ray.data.DataContext:
     context.execution_options.resource_limits = ray.data.ExecutionResources(
         object_store_memory=AHEAD_BLOCKS * blocks.BLOCK_BYTES * _parallel_tasks()
     )
+    # By default a map task of the shuffle takes 1 GiB of hashes at once.
+    context.shuffle_input_batch_bytes = SHUFFLE_BYTES
     context.enable_progress_bars = sys.stdout.isatty()
     context.enable_rich_progress_bars = True
     context.use_ray_tqdm = False

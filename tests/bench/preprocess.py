@@ -10,6 +10,7 @@ with the start of workers on both sides.
 
 Memory of the largest process is its peak of private memory (RssAnon); memory of all processes is the peak
 of the sum of their proportional set sizes (private pages, libraries, and Ray's object store, each once).
+Processor time is that of all of a side's processes from first to last, start-up included.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ def main() -> None:
             for key, what in (("process", "largest process"), ("all", "all processes")):
                 report.row(f"{case}: {what}", ours[key] / MIB, unit="MiB", rival="datasets.map",
                            theirs=theirs[key] / MIB, higher_is_better=False)  # fmt: skip
+            report.row(f"{case}: processor time", ours["cpu"], unit="s", rival="datasets.map",
+                       theirs=theirs["cpu"], higher_is_better=False)  # fmt: skip
             peaks["ours"].append(ours["process"])
             peaks["theirs"].append(theirs["process"])
             agreement = agreeing(ours["shards"], theirs["rows"])
@@ -161,12 +164,13 @@ def measure_theirs(python: str, source: Path, folder: Path) -> dict[str, Any]:
 
 
 def measure(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Run a program; the JSON of its last line, and the peaks of its processes' memory in bytes."""
+    """Run a program; the JSON of its last line, the peaks of its processes' memory in bytes, and their
+    processor time in seconds."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             words, env=environment, cwd=storage.PROJECT, stdout=subprocess.PIPE, stderr=log, text=True
         )
-        peak = {"process": 0, "all": 0}
+        peak = {"process": 0.0, "all": 0.0, "cpu": 0.0}
         sampler = threading.Thread(target=sample, args=(process, peak))
         sampler.start()
         out, _ = process.communicate()
@@ -177,18 +181,22 @@ def measure(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
     return {**json.loads(out.splitlines()[-1]), **peak}
 
 
-def sample(process: subprocess.Popen[str], peak: dict[str, int], every_s: float = 0.5) -> None:
-    """Keep the peaks of memory of a process and all that it started, until it ends."""
+def sample(process: subprocess.Popen[str], peak: dict[str, float], every_s: float = 0.5) -> None:
+    """Keep the peaks of memory, and the processor time, of a process and all that it started, until it ends."""
     root = psutil.Process(process.pid)
+    cpu: dict[int, float] = {}
     while process.poll() is None:
         private, proportional = [0], [0]
         with suppress(psutil.NoSuchProcess):
             for member in [root, *root.children(recursive=True)]:
                 with suppress(psutil.Error, OSError):  # it has just ended
+                    times = member.cpu_times()
+                    cpu[member.pid] = times.user + times.system
                     private.append(kilobytes(member.pid, "status", "RssAnon") << 10)
                     proportional.append(kilobytes(member.pid, "smaps_rollup", "Pss") << 10)
         peak["process"] = max(peak["process"], *private)
         peak["all"] = max(peak["all"], sum(proportional))
+        peak["cpu"] = sum(cpu.values())
         time.sleep(every_s)
 
 
