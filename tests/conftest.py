@@ -53,6 +53,9 @@ WORDS = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; then those that bring up a cluster of their own, before the shared Ray takes the
     ports that there is only one of; then those on the shared Ray, the slow ones last."""
+    for item in items:
+        if "ray_cluster" in getattr(item, "fixturenames", ()):
+            item.add_marker("ray")
     items.sort(key=lambda item: (bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))))
 
 
@@ -122,6 +125,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     # Ray's socket paths must stay under 107 characters, so the folder is not pytest's own.
     folder = tempfile.mkdtemp(prefix="whorl-test-", dir="/tmp")
+    ray.shutdown()  # a job that a test ran in this process may have started a Ray of its own
     ray.init(
         num_cpus=8,
         include_dashboard=False,
