@@ -74,8 +74,10 @@ def test_it_tells_what_it_made_and_skips_what_is_there(
 
 
 def test_mistakes_that_need_no_reading(
-    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Not even a Ray is started for these.
+    monkeypatch.setattr("jobs.preprocess.connect", lambda: pytest.fail("Ray was started"))
     source = tmp_path / "source.csv"
     assert f"data.source: {source} does not exist" in fail(config, capsys)
     source.write_text(GOOD)
@@ -91,8 +93,6 @@ def test_mistakes_that_need_no_reading(
     assert f"{source} is empty" in fail(config, capsys)
     source.write_bytes(b"PAR1" + bytes(100))
     assert "is not what its ending says: it should be CSV but is Parquet" in fail(config, capsys)
-    source.write_bytes("text,label\nGröße,1\n".encode("latin-1"))
-    assert f"{source} line 2, byte 3 (0xf6) is not valid UTF-8; convert" in fail(config, capsys)
 
 
 @pytest.mark.ray
@@ -111,6 +111,8 @@ def test_mistakes_in_the_rows(config: Path, tmp_path: Path, capsys: pytest.Captu
     assert "of 2, 1 have no text and 1 no label" in fail(config, capsys)
     source.write_text("text,label\nfits,1\ngood,2\n")
     assert "split would be empty: 2 rows are too few for a share of 0." in fail(config, capsys)
+    source.write_bytes("text,label\nGröße,1\n".encode("latin-1"))
+    assert f"{source} line 2, byte 3 (0xf6) is not valid UTF-8; convert" in fail(config, capsys)
     source.write_text(GOOD + "one,too,many\n")
     assert f"{source} row 121 has 3 columns where the header has 2 ('one,too,many')" in fail(config, capsys)
 
