@@ -51,7 +51,7 @@ def tokenizer_checksum(base: str) -> str:
 
 def _download(uri: str) -> Path:
     fs, inside = storage.filesystem(uri)
-    if "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)):
+    if storage.is_local(fs):
         return Path(inside)
     if not storage.exists(uri):
         raise ModelError(f"no model directory {uri}")

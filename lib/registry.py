@@ -1,7 +1,7 @@
 """Model versions: registered once, never changed, found by number or by alias, promoted through a gate.
 
     models/NAME/VERSION/    the model directory, and version.json: every file's checksum, and the lineage
-    MLflow's registry       the same lineage as tags; the aliases champion, challenger and candidate
+    MLflow's registry       the same lineage as tags; the aliases champion and candidate
 
 A number is taken in the database first, whose unique key gives no two promotions the same one. Then the
 directory is published under it, and only that makes the version exist: for a promotion that was killed in
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VERSION_FILE = "version.json"
-CHAMPION, CHALLENGER, CANDIDATE = "champion", "challenger", "candidate"
+CHAMPION, CANDIDATE = "champion", "candidate"
 NOT_FOUND = (
     "RESOURCE_DOES_NOT_EXIST",
     "INVALID_PARAMETER_VALUE",

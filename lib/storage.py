@@ -141,7 +141,7 @@ def write_bytes(path: str, content: bytes) -> None:
     fs, inside = filesystem(path)
     parent = inside.rsplit("/", 1)[0]
     _reach(path, fs.makedirs, parent, exist_ok=True)
-    if _is_local(fs):
+    if is_local(fs):
         scratch = f"{inside}.{uuid.uuid4().hex}.tmp"
         try:
             Path(scratch).write_bytes(content)
@@ -194,7 +194,7 @@ def publish_from_workers(destination: str) -> Iterator[str]:
     when `destination` is already published or cannot be written.
     """
     fs, inside = filesystem(destination)
-    if _is_local(fs):
+    if is_local(fs):
         with publish(destination) as scratch:
             yield uri(scratch)
         return
@@ -213,7 +213,7 @@ def publish_from_workers(destination: str) -> Iterator[str]:
 @contextmanager
 def _scratch(fs: fsspec.AbstractFileSystem, inside: str) -> Iterator[Path]:
     # Beside the destination on a local file system, so that the move is a rename.
-    if _is_local(fs):
+    if is_local(fs):
         parent = Path(inside).parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def _scratch(fs: fsspec.AbstractFileSystem, inside: str) -> Iterator[Path]:
 
 
 def _move_into_place(fs: fsspec.AbstractFileSystem, scratch: Path, inside: str, destination: str) -> None:
-    if _is_local(fs):
+    if is_local(fs):
         try:
             scratch.rename(inside)
         except OSError as error:
@@ -251,7 +251,7 @@ def local_copy(path: str) -> Iterator[Path]:
     fs, inside = filesystem(path)
     if not _reach(path, fs.exists, inside):
         raise StorageError(f"{path} does not exist")
-    if _is_local(fs):
+    if is_local(fs):
         yield Path(inside)
         return
     with tempfile.TemporaryDirectory(prefix="whorl-") as scratch:
@@ -267,7 +267,7 @@ def checksum(path: str) -> str:
     taken, so that a large remote source is not downloaded only to be named.
     """
     fs, inside = filesystem(path)
-    if not _is_local(fs):
+    if not is_local(fs):
         return str(_reach(path, fs.checksum, inside))
     digest = hashlib.sha256()
     try:
@@ -285,7 +285,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _is_local(fs: fsspec.AbstractFileSystem) -> bool:
+def is_local(fs: fsspec.AbstractFileSystem) -> bool:
     protocol = fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
     return "file" in protocol
 

@@ -62,9 +62,9 @@ class Model:
 
     async def answer(self, texts: list[str]) -> list[task.Answer]:
         if sum(map(len, texts)) > CHARS_IN_LOOP:
-            rows, truncated = await asyncio.to_thread(task.tokenize, self.predictor.tokenizer, texts)
+            rows, truncated = await asyncio.to_thread(task.read, self.predictor.tokenizer, texts)
         else:
-            rows, truncated = task.tokenize(self.predictor.tokenizer, texts)
+            rows, truncated = task.read(self.predictor.tokenizer, texts)
         return task.answers(self.predictor, await self.batcher.results(rows), truncated)
 
     def close(self) -> None:

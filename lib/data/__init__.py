@@ -3,6 +3,6 @@
 plan      which files, which columns, which fingerprint: looked at before Ray starts
 build     the dataset, published whole; the two passes and the shuffle between them are in `passes`
 sources, readers, blocks      URIs → files → rows → blocks of rows
-clean, label, dedup, split    what happens to the rows of a block; none of them knows Ray
+label, dedup, split           what happens to the rows of a block; none of them knows Ray
 shards                        rows → tokens → Parquet
 """

@@ -22,8 +22,9 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from lib import text
 from lib.artifacts import SPLITS
-from lib.data import blocks, clean, dedup
+from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
 from lib.data.label import MISSING, Mapping, Unknown
 from lib.data.shards import SplitCount, write_shards
@@ -230,9 +231,9 @@ class _Prepared:
 
 
 def _prepare(block: Block, mapping: Mapping) -> _Prepared:
-    texts = clean.normalise(blocks.flat(block.rows[blocks.TEXT]))
+    texts = text.normalise(blocks.flat(block.rows[blocks.TEXT]))
     classes = mapping.apply(blocks.flat(block.rows[blocks.LABEL]))
-    empty = clean.is_empty(texts)
+    empty = text.is_empty(texts)
     usable = ~empty & (classes >= 0)
     return _Prepared(texts, classes, empty, usable, *dedup.hash_texts(texts.filter(pa.array(usable))))
 

@@ -55,7 +55,7 @@ class Task(Protocol):
     def loss(
         self, model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
     ) -> tuple[torch.Tensor, Outputs]:
-        """Sum of the weighted losses of the rows (a scalar), and the outputs that `metrics` reads.
+        """Sum of the weighted losses of the rows (a scalar), and, in evaluation, the outputs that `metrics` reads.
 
         `balance` holds the weight of each label.
         """

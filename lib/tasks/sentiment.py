@@ -18,6 +18,7 @@ from lib.artifacts import TaskFile, check_model_directory
 from lib.base_models import base_directory
 from lib.errors import ModelError
 from lib.settings import ModelSettings, ServingSettings, Settings
+from lib.text import normalise
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,11 @@ def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
     rows = rows.append_column("input_ids", pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)))
     rows = rows.append_column("length", pa.array(lengths))
     return rows.append_column("truncated", pa.array(truncated))
+
+
+def read(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[bool]]:
+    """`tokenize` for texts as clients send them: normalised first, as the training texts were."""
+    return tokenize(tokenizer, normalise(pa.array(texts, pa.string())).to_pylist())
 
 
 def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], list[bool]]:
@@ -165,7 +171,7 @@ def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> flo
 def loss(
     model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Weighted cross-entropy, summed over rows; outputs `logits` [B, C] and `labels` [B]."""
+    """Weighted cross-entropy, summed over rows; outputs `logits` [B, C] and `labels` [B] in evaluation."""
     import torch
     from torch.nn import functional
 
@@ -178,8 +184,9 @@ def loss(
         reduction="sum",
         label_smoothing=settings.training.label_smoothing if model.training else 0.0,
     )
-    outputs = {"logits": logits.detach().cpu().numpy(), "labels": batch["labels"].cpu().numpy()}
-    return total, outputs
+    if model.training:  # nobody reads them, and on a GPU each copy would wait for the step
+        return total, {}
+    return total, {"logits": logits.detach().cpu().numpy(), "labels": batch["labels"].cpu().numpy()}
 
 
 def metrics(outputs: Outputs) -> dict[str, float]:
@@ -232,7 +239,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
 
 
 def predict(predictor: Predictor, request: Request) -> Response:
-    rows, truncated = tokenize(predictor.tokenizer, request.inputs)
+    rows, truncated = read(predictor.tokenizer, request.inputs)
     return Response(results=answers(predictor, predictor.encoder.logits(rows), truncated))
 
 

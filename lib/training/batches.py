@@ -97,16 +97,14 @@ def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
     each worker and each validation would take longer to start than the split to read.
     """
     for shard in shards:
-        fs, path = storage.filesystem(shard)
-        with fs.open(path, "rb") as file:
+        with storage.open_file(shard) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=rows, columns=columns(shard)):
                 yield pa.Table.from_batches([batch])
 
 
 def columns(shard: str) -> list[str]:
     """The columns that training reads: all but those that only evaluation needs."""
-    fs, path = storage.filesystem(shard)
-    with fs.open(path, "rb") as file:
+    with storage.open_file(shard) as file:
         return [name for name in pq.read_schema(file).names if name not in ("id", "text")]
 
 

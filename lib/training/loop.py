@@ -111,6 +111,7 @@ class Loop:
     rows: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    shown: int = 0
     best: dict[str, float] = field(default_factory=dict)
     bad: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
@@ -156,8 +157,12 @@ class Loop:
                     return True
                 began = time.perf_counter()
         self.seconds += time.perf_counter() - began
-        final = epoch == self.training.epochs - 1
-        return self._validate(epoch) if every == "epoch" or final else False
+        if losses:
+            self._log(losses, epoch)
+        if every == "epoch":
+            return self._validate(epoch)
+        measured = bool(self.validations) and self.validations[-1]["step"] == self.step
+        return epoch == self.training.epochs - 1 and not measured and self._validate(epoch)
 
     def _groups(self, epoch: int) -> Iterator[list[batches.Planned]]:
         """The micro-batches of one optimiser step after another."""
@@ -225,8 +230,8 @@ class Loop:
             values = {f"train/{k}": v for k, v in record.items() if k != "step"}
             self.run.log_metrics(values, self.step)
             self.bar.set_description(f"training, loss {loss:.3f}")
-            self.bar.update(int(total[2]) - getattr(self, "_shown", 0))
-            self._shown = int(total[2])
+            self.bar.update(int(total[2]) - self.shown)
+            self.shown = int(total[2])
 
     def _validate(self, epoch: int) -> bool:
         """Measure on the validation split, keep the engine if it is the best; True to stop early."""

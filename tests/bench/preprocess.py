@@ -35,9 +35,9 @@ import yaml
 
 from lib import storage
 from lib.base_models import base_directory
-from lib.data.clean import normalise
 from lib.data.dedup import hash_texts, row_ids
 from lib.samples import sample_path
+from lib.text import normalise
 from tests.bench.environments import rival_python
 from tests.bench.report import Report
 

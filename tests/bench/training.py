@@ -59,7 +59,7 @@ def ours(zero_stage: int) -> dict[str, Any]:
     del os.environ["WHORL_PIPELINE"]
     path = run.client.download_artifacts(run.ref.id, "training.json")
     summary: dict[str, Any] = json.loads(Path(path).read_text())
-    summary["macro_f1"] = test_macro_f1(run.ref.model_uri, words)
+    summary["macro_f1"] = macro_f1_on_test(run.ref.model_uri, words)
     return summary
 
 
@@ -80,7 +80,7 @@ def splits(words: list[str]) -> dict[str, Any]:
     return {"settings": settings, "manifest": ref.manifest(), **tables}
 
 
-def test_macro_f1(model: str, words: list[str]) -> float:
+def macro_f1_on_test(model: str, words: list[str]) -> float:
     """Macro-F1 on the test split in fp32, by plain transformers for both sides alike."""
     import torch
     from sklearn.metrics import f1_score
@@ -167,7 +167,7 @@ def rival(kind: str, rows_in_step: int) -> dict[str, Any]:
         if done.returncode:
             sys.exit(f"the rival {kind} failed:\n{done.stderr[-3000:]}")
         result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-        result["macro_f1"] = test_macro_f1(folder, COMMON)
+        result["macro_f1"] = macro_f1_on_test(folder, COMMON)
     return result
 
 

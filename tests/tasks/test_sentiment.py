@@ -99,3 +99,12 @@ def test_too_long_for_the_model(tiny_base: Path) -> None:
 def test_unknown_task() -> None:
     with pytest.raises(ConfigError, match="did you mean 'sentiment'"):
         load_task("sentiments")
+
+
+def test_a_clients_text_is_normalised_as_the_training_texts_were(tiny_base: Path) -> None:
+    tokenizer = sentiment.load_tokenizer(tiny_base, 32)
+    raw = ["the  fabric\tis soft\u200b ", "it&#39;s great"]
+    rows, _ = sentiment.read(tokenizer, raw)
+    expected, _ = sentiment.tokenize(tokenizer, ["the fabric is soft", "it's great"])
+    assert [r.tolist() for r in rows] == [r.tolist() for r in expected]
+    assert rows[1].tolist() != sentiment.tokenize(tokenizer, raw)[0][1].tolist()

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from ftfy.chardata import CHARMAP_ENCODINGS
 
-from lib.data.clean import is_empty, normalise
+from lib.text import is_empty, normalise
 
 
 def clean(text: str | None) -> str | None:
