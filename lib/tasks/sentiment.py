@@ -175,6 +175,8 @@ def loss(
     import torch
     from torch.nn import functional
 
+    # Not `model.training`: a DeepSpeed engine changes only that of the module inside it.
+    learning = torch.is_grad_enabled()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     weights = torch.tensor([balance[label] for label in settings.data.label_names], device=logits.device)
     total = functional.cross_entropy(
@@ -182,9 +184,9 @@ def loss(
         batch["labels"],
         weight=weights,
         reduction="sum",
-        label_smoothing=settings.training.label_smoothing if model.training else 0.0,
+        label_smoothing=settings.training.label_smoothing if learning else 0.0,
     )
-    if model.training:  # nobody reads them, and on a GPU each copy would wait for the step
+    if learning:  # nobody reads them, and on a GPU each copy would wait for the step
         return total, {}
     return total, {"logits": logits.detach().cpu().numpy(), "labels": batch["labels"].cpu().numpy()}
 

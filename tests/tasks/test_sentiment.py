@@ -108,3 +108,22 @@ def test_a_clients_text_is_normalised_as_the_training_texts_were(tiny_base: Path
     expected, _ = sentiment.tokenize(tokenizer, ["the fabric is soft", "it's great"])
     assert [r.tolist() for r in rows] == [r.tolist() for r in expected]
     assert rows[1].tolist() != sentiment.tokenize(tokenizer, raw)[0][1].tolist()
+
+
+def test_label_smoothing_is_for_training_alone(tiny_base: Path) -> None:
+    plain, smooth = settings_for(tiny_base), settings_for(tiny_base, label_smoothing=0.3)
+    balance = dict.fromkeys(["bad", "fine", "good"], 1.0)
+    model = sentiment.build(tiny_base, plain).eval()
+    # Decided scores and one row: over even scores or over each label once, smoothing changes nothing.
+    model.classifier.bias.data = torch.tensor([3.0, 0.0, -3.0])
+    # As DeepSpeed's engine leaves itself when it evaluates.
+    model.training = True
+    batch = sentiment.collate(encoded(tiny_base)[:1], 0)
+    with torch.no_grad():
+        measured, outputs = sentiment.loss(model, batch, smooth, balance)
+        expected, _ = sentiment.loss(model, batch, plain, balance)
+    assert float(measured) == pytest.approx(float(expected))
+    assert set(outputs) == {"logits", "labels"}
+    trained, outputs = sentiment.loss(model, batch, smooth, balance)
+    assert float(trained.detach()) != pytest.approx(float(expected), rel=0.01)
+    assert outputs == {}
