@@ -52,6 +52,8 @@ def environment() -> dict[str, str]:
         **tracking.places(),
         "RAY_AUTH_MODE": "token",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if _has_haproxy() else "0",
+        # Its log files have it all; on stderr, a line for each request would reach every driver.
+        "RAY_SERVE_LOG_TO_STDERR": "0",
         # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
         # A job's `python` is the first on the head's path.
@@ -229,7 +231,9 @@ def env() -> None:
     found = running_cluster()
     if not found:
         raise ResourceError("no cluster is up; python -m cluster.local up starts one")
-    for key, value in {**found["environment"], "RAY_ADDRESS": found["dashboard"]}.items():
+    # `ray job` reads the one, `serve` the other.
+    addresses = dict.fromkeys(("RAY_ADDRESS", "RAY_DASHBOARD_ADDRESS"), found["dashboard"])
+    for key, value in {**found["environment"], **addresses}.items():
         print(f"export {key}='{value}'")
 
 
