@@ -36,23 +36,26 @@ def evaluate(settings: Settings) -> None:
         )
     info = read_task(run.ref.model_uri)
     dataset = DatasetRef(run.ref.name, info.dataset)
-    labels = dataset.manifest()["labels"]
+    manifest = dataset.manifest()
+    labels = manifest["labels"]
     subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, labels)
     connect()
     import ray
 
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
-    baselines = start_baselines(dataset, len(labels), settings.evaluation)
+    baselines = start_baselines(info.task, dataset, len(labels), settings.evaluation)
     scored = score(run.ref.model_uri, dataset, "test", settings)
-    print("fitting the baselines: majority class, TF-IDF with logistic regression")
+    print("waiting for the baselines")
     measured = measure(subject, scored, ray.get(baselines), settings.evaluation)
     # The report of an earlier evaluation of the same run gives way to this one.
     with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
         files.write(measured, folder)
     record(run, measured.report)
     print(f"\n{text.render(measured.report)}\n")
-    print(f"{len(scored.rows):,} rows and the baselines in {time.perf_counter() - began:.0f} s")
+    print(
+        f"{manifest['splits']['test']['rows']:,} rows and the baselines in {time.perf_counter() - began:.0f} s"
+    )
     # Without a choice, jobs.promote takes the run that was trained last.
     choice = f" --promotion.run {run.ref.id}" if settings.evaluation.run else ""
     print(f"report  {storage.join(run.ref.evaluation_uri, 'report.html')}")
@@ -61,7 +64,7 @@ def evaluate(settings: Settings) -> None:
 
 def record(run: tracking.Run, report: EvalReport) -> None:
     """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
-    values = {f"test/{name}": value for name, value in report.metrics.items()}
+    values = {f"test/{METRIC_SAFE.sub('_', name)}": value for name, value in report.metrics.items()}
     for baseline, figures in report.baselines.items():
         values |= {f"test/{baseline}/{name}": figures[name] for name in ("macro_f1", "accuracy")}
     for label, figures in report.per_class.items():

@@ -22,6 +22,7 @@ from lib import storage
 from lib.command import main, running_cluster
 from lib.data.plan import plan
 from lib.settings import Settings
+from lib.tasks import load_task
 
 STAGES = (
     ("preprocess", "jobs.preprocess", "raw rows → dataset"),
@@ -54,21 +55,20 @@ def ask(settings: Settings) -> None:
     """Send rows of the test split to the endpoint; show some answers and the latency of all."""
     shard = plan(settings).ref.shards("test")[0]
     with storage.local_copy(shard) as path:
-        rows = pq.read_table(path, columns=["text", "label"]).slice(0, TIMED).to_pylist()
+        rows = pq.read_table(path).slice(0, TIMED).to_pylist()
+    task = load_task(settings.task)
+    classes = task.classes(settings.data)
     base = f"http://{settings.serving.host}:{settings.serving.port}"
     seconds = []
     with httpx.Client(base_url=base, timeout=60) as client:
         for number, row in enumerate(rows):
             began = time.perf_counter()
-            reply = client.post(f"/v1/{settings.task}", json={"inputs": [row["text"]]})
+            reply = client.post(f"/v1/{settings.task}", json={"inputs": [task.example(row)]})
             seconds.append(time.perf_counter() - began)
             reply.raise_for_status()
             answer = reply.json()["results"][0]
             if number < SHOWN:
-                text = row["text"] if len(row["text"]) < 100 else row["text"][:97] + "…"
-                truth = settings.data.label_names[row["label"]]
-                score = answer["scores"][answer["label"]]
-                print(f"  {text}\n    → {answer['label']} {score:.2f}   (the customer's own rating: {truth})")
+                print(f"  {task.tell(row, answer, classes)}")
     seconds.sort()
     print(
         f"  {len(rows)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"

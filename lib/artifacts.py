@@ -151,6 +151,7 @@ class TaskFile:
 
     task: str
     labels: list[str]
+    """What the model's outputs stand for, in their order."""
     max_length: int
     base: str
     dataset: str
@@ -160,8 +161,9 @@ class TaskFile:
         storage.write_json(str(folder / TASK_FILE), asdict(self))
 
     @classmethod
-    def read(cls, folder: Path) -> TaskFile:
-        """Raises ModelError when the directory holds no task.json of a format that this code knows."""
+    def read(cls, folder: Path, task: str | None = None) -> TaskFile:
+        """Raises ModelError when the directory holds no task.json of a format that this code knows, or one of
+        another task than `task`."""
         path = folder / TASK_FILE
         if not path.is_file():
             raise ModelError(f"{folder} holds no {TASK_FILE}; it was not exported by python -m jobs.finetune")
@@ -170,6 +172,8 @@ class TaskFile:
             raise ModelError(
                 f"{path} has format {values.get('format')!r}; this version of Whorl reads format 1"
             )
+        if task is not None and values["task"] != task:
+            raise ModelError(f"{folder} is a {values['task']} model, not {task}")
         return cls(**values)
 
 

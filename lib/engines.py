@@ -10,6 +10,8 @@ tokens on average, rows/s in sorted batches of 32, milliseconds for one row):
 
 so `auto` takes OpenVINO on a CPU and torch on a GPU. `make bench-serving` measures the served whole.
 
+A classifier of sequences answers with one row of logits, one of tokens with a row for each of them.
+
 Shapes: B rows in a batch, T tokens in its longest row, C classes.
 """
 
@@ -39,7 +41,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C]."""
+"""`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C], or [B, T, C]."""
+Head = Literal["SequenceClassification", "TokenClassification"]
+"""Behind `AutoModelFor`, transformers' name of the model."""
 
 # Engines compile a kernel for each new shape; rounding T up keeps the shapes few.
 WIDTH_STEP = 8
@@ -69,7 +73,7 @@ class Encoder:
         self._pad = pad
         self._positions = positions
         # The first call compiles, so that it is not a client who waits for it.
-        self.classes = int(self._run([np.full(WIDTH_STEP, pad, np.int32)]).shape[1])
+        self.classes = int(self._run([np.full(WIDTH_STEP, pad, np.int32)]).shape[-1])
 
     def logits(self, rows: Sequence[np.ndarray]) -> np.ndarray:
         """Logits float32 [len(rows), C] of rows of token ids, in their order."""
@@ -88,6 +92,19 @@ class Encoder:
         input_ids = np.full(mask.shape, self._pad, np.int64)
         input_ids[mask] = np.concatenate(rows)
         return self._forward(input_ids, mask.astype(np.int64))
+
+
+class TokenEncoder(Encoder):
+    """A classifier of tokens."""
+
+    def logits(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:  # type: ignore[override]
+        """Logits float32 [T, C] of each row's own T tokens, in the order of the rows."""
+        out: dict[int, np.ndarray] = {}
+        lengths = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        for chosen in like_lengths(lengths, self.tokens_per_batch):
+            computed = self._run([rows[i] for i in chosen])
+            out |= {int(i): computed[place, : lengths[i]] for place, i in enumerate(chosen)}
+        return [out[i] for i in range(len(rows))]
 
 
 def rounded(length: int) -> int:
@@ -114,6 +131,16 @@ def load_encoder(folder: Path, serving: ServingSettings) -> Encoder:
     Raises ModelError when transformers cannot load the directory or, with `engine: openvino`, when
     OpenVINO cannot convert it; ResourceError when a GPU is asked for and there is none.
     """
+    return Encoder(**_loaded(folder, serving, "SequenceClassification"))
+
+
+def load_token_encoder(folder: Path, serving: ServingSettings) -> TokenEncoder:
+    """A classifier of tokens, as `load_encoder` loads one of sequences."""
+    return TokenEncoder(**_loaded(folder, serving, "TokenClassification"))
+
+
+def _loaded(folder: Path, serving: ServingSettings, head: Head) -> dict[str, Any]:
+    """What an Encoder is made of."""
     config = _config(folder)
     gpu = serving.gpus_per_replica > 0
     engine = _engine(serving)
@@ -122,23 +149,23 @@ def load_encoder(folder: Path, serving: ServingSettings) -> Encoder:
     forward: Forward | None = None
     if engine == "openvino":
         try:
-            forward = _openvino(folder, precision, threads)
+            forward = _openvino(folder, head, precision, threads)
         except ModelError as error:
             if serving.engine == "openvino":
                 raise
             logger.warning("%s; serving it with torch instead", error)
             engine = "torch"
     if forward is None:
-        forward = _torch(folder, precision, threads, gpu)
-    return Encoder(
-        forward,
-        name=f"{engine} {precision}",
-        pad=int(config.get("pad_token_id") or 0),
-        positions=int(config.get("max_position_embeddings") or 1 << 30),
-        tokens_per_batch=serving.tokens_per_batch,
+        forward = _torch(folder, head, precision, threads, gpu)
+    return {
+        "forward": forward,
+        "name": f"{engine} {precision}",
+        "pad": int(config.get("pad_token_id") or 0),
+        "positions": int(config.get("max_position_embeddings") or 1 << 30),
+        "tokens_per_batch": serving.tokens_per_batch,
         # On a GPU a call costs as much as thousands of tokens.
-        padding_per_batch=serving.tokens_per_batch if gpu else CPU_CALL_TOKENS,
-    )
+        "padding_per_batch": serving.tokens_per_batch if gpu else CPU_CALL_TOKENS,
+    }
 
 
 def _engine(serving: ServingSettings) -> Literal["torch", "openvino"]:
@@ -169,20 +196,20 @@ def _config(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _module(folder: Path) -> nn.Module:
+def _module(folder: Path, head: Head) -> nn.Module:
     """The model in fp32, ready for inference. Raises ModelError."""
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
+    auto_class = getattr(transformers, f"AutoModelFor{head}")
     try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
-        )
+        model: nn.Module = auto_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # transformers raises anything from OSError to KeyError here
-        raise ModelError(f"{folder} does not load as a sequence classifier: {error}") from error
+        kind = {"SequenceClassification": "sequence", "TokenClassification": "token"}[head]
+        raise ModelError(f"{folder} does not load as a {kind} classifier: {error}") from error
     return model.eval()
 
 
-def _torch(folder: Path, precision: str, threads: int, gpu: bool) -> Forward:
+def _torch(folder: Path, head: Head, precision: str, threads: int, gpu: bool) -> Forward:
     import torch
 
     if gpu and not torch.cuda.is_available():
@@ -190,7 +217,7 @@ def _torch(folder: Path, precision: str, threads: int, gpu: bool) -> Forward:
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:
         torch.set_num_threads(threads)  # Ray sets OMP_NUM_THREADS to the replica's CPU share
-    model = _module(folder).to(device)
+    model = _module(folder, head).to(device)
 
     def forward(input_ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
         # Autocast was faster here than bf16 weights, and it keeps the layer norms in fp32.
@@ -203,11 +230,11 @@ def _torch(folder: Path, precision: str, threads: int, gpu: bool) -> Forward:
     return forward
 
 
-def _openvino(folder: Path, precision: str, threads: int) -> Forward:
+def _openvino(folder: Path, head: Head, precision: str, threads: int) -> Forward:
     import openvino
 
     compiled = openvino.Core().compile_model(
-        _graph(folder),
+        _graph(folder, head),
         "CPU",
         {
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
@@ -226,7 +253,7 @@ def _openvino(folder: Path, precision: str, threads: int) -> Forward:
     return forward
 
 
-def _graph(folder: Path) -> openvino.Model | Path:
+def _graph(folder: Path, head: Head) -> openvino.Model | Path:
     """The model in OpenVINO's own form, converted once and kept in the project's cache.
 
     A replica that finds it there starts without importing torch or transformers.
@@ -239,7 +266,7 @@ def _graph(folder: Path) -> openvino.Model | Path:
     home = storage.PROJECT / ".whorl" / "cache" / "openvino" / storage.fingerprint(key)
     if storage.published(str(home)):
         return home / "model.xml"
-    graph = _convert(folder)
+    graph = _convert(folder, head)
     try:
         with storage.publish(str(home)) as scratch:
             openvino.save_model(graph, str(scratch / "model.xml"), compress_to_fp16=False)
@@ -248,7 +275,7 @@ def _graph(folder: Path) -> openvino.Model | Path:
     return graph
 
 
-def _convert(folder: Path) -> openvino.Model:
+def _convert(folder: Path, head: Head) -> openvino.Model:
     import openvino
     import torch
 
@@ -263,7 +290,7 @@ def _convert(folder: Path) -> openvino.Model:
             logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
             return logits
 
-    model = Logits(_module(folder))
+    model = Logits(_module(folder, head))
     # Two rows and more tokens than one, so that the tracer takes neither axis for a constant.
     example = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     try:

@@ -21,6 +21,20 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
+# Columns of a dataset that the tasks fill; a slice may not take their place.
+RESERVED_COLUMNS = {
+    "id",
+    "text",
+    "label",
+    "tokens",
+    "tags",
+    "input_ids",
+    "labels",
+    "length",
+    "truncated",
+    "row",
+}
+
 
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, values do not change after loading."""
@@ -29,14 +43,21 @@ class Section(BaseModel):
 
 
 class Columns(Section):
-    """Names of the columns in the source."""
+    """Names of the columns in the source. A task reads those that its rows have."""
 
     text: str = "text"
     label: str = "label"
+    tokens: str = "tokens"
+    """tagging: the words of a sentence, a list."""
+    tags: str = "tags"
+    """tagging: the tag of each word, a list as long."""
 
 
 class Split(Section):
-    """Shares of the rows; a row's place depends on its text and the seed alone."""
+    """Shares of the rows; a row's place depends on its text and the seed alone.
+
+    A split with a source of its own takes no part: the others share the rows in the same proportion.
+    """
 
     train: Share = 0.8
     validation: Share = 0.1
@@ -57,14 +78,25 @@ class DataSettings(Section):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
-    """URI, glob or folder of CSV, JSON Lines or Parquet, or `sample://NAME`; several are read in order."""
+    """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
+    validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Where the validation split is given; None takes a share of `source`."""
+    test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Where the test split is given; None takes a share of `source`."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll"] = "auto"
+    """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
     labels: dict[str, str] | list[str]
-    """Value in the source → label, or the list of labels when the source already holds them."""
+    """Value in the source → label, or the list of labels when the source already holds them.
+
+    tagging: the kinds of entity, without B- and I-.
+    """
+    duplicates: Literal["drop", "keep"] = "drop"
+    """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
-    """Take only the first rows of the source."""
+    """Take only the first rows of the source, and of the source of each split that has its own."""
     split: Split = Split()
     rows_per_shard: Positive = 20_000
 
@@ -76,17 +108,14 @@ class DataSettings(Section):
             value = {_label_key(k): v for k, v in value.items()}
         elif isinstance(value, list):
             value = [_label_key(v) for v in value]
-        if (
-            isinstance(value, (dict, list))
-            and len(set(value.values() if isinstance(value, dict) else value)) < 2
-        ):
-            raise ValueError("at least two different labels are needed")
+        if isinstance(value, (dict, list)) and not value:
+            raise ValueError("at least one label is needed")
         return value
 
     @field_validator("slices")
     @classmethod
     def _slices(cls, value: dict[str, str]) -> dict[str, str]:
-        taken = {"id", "text", "label", "input_ids", "length", "truncated"} & set(value)
+        taken = RESERVED_COLUMNS & set(value)
         if taken:
             raise ValueError(
                 f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
@@ -94,8 +123,23 @@ class DataSettings(Section):
         return value
 
     @property
-    def sources(self) -> list[str]:
-        return [self.source] if isinstance(self.source, str) else list(self.source)
+    def sources(self) -> dict[str | None, list[str]]:
+        """Split that is given → its sources; under None, the source that is divided among the other splits."""
+        given = {None: self.source, "validation": self.validation_source, "test": self.test_source}
+        return {
+            split: [source] if isinstance(source, str) else list(source)
+            for split, source in given.items()
+            if source is not None
+        }
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Split → its share of `source`; 0 for a split with a source of its own. They sum to 1."""
+        shares = {
+            name: 0.0 if name in self.sources else getattr(self.split, name)
+            for name in ("train", "validation", "test")
+        }
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     @property
     def label_map(self) -> dict[str, str]:

@@ -18,8 +18,8 @@ import numpy as np
 
 from lib.engines import rounded
 
-Compute = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""Rows of token ids → one row of results each, float32 [rows, C]."""
+Compute = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
+"""Rows of token ids → a result for each, float32 [C], or [T, C] for T tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class LengthBatcher:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def results(self, rows: Sequence[np.ndarray]) -> np.ndarray:
-        """Results [len(rows), C] in the order of `rows`.
+    async def results(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The result of each row, in the order of `rows`.
 
         A caller that goes away takes its rows out of the queue. Raises what `compute` raised.
         """
@@ -59,7 +59,7 @@ class LengthBatcher:
             self._queue.extend(waiting)
             self._changed.notify()
         try:
-            return np.stack(await asyncio.gather(*(asyncio.wrap_future(w.result) for w in waiting)))
+            return await asyncio.gather(*(asyncio.wrap_future(w.result) for w in waiting))
         finally:
             for one in waiting:
                 one.result.cancel()  # does nothing where there is a result

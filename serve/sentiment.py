@@ -13,6 +13,7 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
@@ -21,8 +22,8 @@ from ray.serve.schema import LoggingConfig
 from lib.settings import ServingSettings
 from lib.tasks import sentiment as task
 from serve.batching import LengthBatcher
-from serve.following import Following
-from serve.http import Ready, create_app, request_id
+from serve.http import create_app, request_id
+from serve.replica import Replica, bind
 
 # Above this many characters in a request, tokenising takes longer than a hop to a thread.
 CHARS_IN_LOOP = 20_000
@@ -58,6 +59,7 @@ class Model:
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
         self.predictor = task.load(folder, serving)
         encoder = self.predictor.encoder
+        self.name = encoder.name
         self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
 
     async def answer(self, texts: list[str]) -> list[task.Answer]:
@@ -65,7 +67,7 @@ class Model:
             rows, truncated = await asyncio.to_thread(task.read, self.predictor.tokenizer, texts)
         else:
             rows, truncated = task.read(self.predictor.tokenizer, texts)
-        return task.answers(self.predictor, await self.batcher.results(rows), truncated)
+        return task.answers(self.predictor, np.stack(await self.batcher.results(rows)), truncated)
 
     def close(self) -> None:
         self.batcher.close()
@@ -73,24 +75,11 @@ class Model:
 
 @ray_serve.deployment(name="Sentiment", logging_config=LoggingConfig(enable_access_log=False))
 @ray_serve.ingress()
-class Sentiment:
-    """A replica: one model version at a time, swapped while it serves."""
+class Sentiment(Replica[Model]):
+    """A replica that classifies texts."""
 
     def __init__(self, serving: ServingSettings) -> None:
-        self.serving = serving
-        self.models = Following(lambda folder: Model(folder, serving))
-
-    async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        await self.models.follow(user_config["model"])
-
-    def ready(self) -> Ready:
-        loaded = self.models.current
-        return Ready(
-            model=loaded.ref.name,
-            version=loaded.ref.version,
-            engine=loaded.model.predictor.encoder.name,
-            failed=self.models.failed,
-        )
+        super().__init__(serving, lambda folder: Model(folder, serving))
 
     async def classify(self, inputs: list[str], identity: str) -> Response:
         with self.models.using() as loaded:
@@ -130,20 +119,4 @@ def limited_request(serving: ServingSettings) -> type[task.Request]:
 
 def application(args: ServingSettings) -> ray_serve.Application:
     """Builder for `serve deploy`: `args` in the file are the keys of the configuration's `serving`."""
-    if args.min_replicas == args.max_replicas:
-        size: dict[str, Any] = {"num_replicas": args.max_replicas}
-    else:
-        size = {
-            "autoscaling_config": {
-                "min_replicas": args.min_replicas,
-                "max_replicas": args.max_replicas,
-                "target_ongoing_requests": args.target_ongoing_requests,
-            }
-        }
-    deployment = Sentiment.options(  # type: ignore[attr-defined]
-        **size,
-        max_ongoing_requests=args.max_ongoing_requests,
-        max_queued_requests=args.max_queued_requests,
-        ray_actor_options={"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica},
-    )
-    return deployment.bind(args)
+    return bind(Sentiment, args)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from lib.artifacts import SPLITS
 from lib.data.readers import read_tables
 from lib.data.sources import SourceFile
 from lib.errors import WhorlError
@@ -25,8 +26,6 @@ BLOCK_BYTES = 32 << 20
 # A row's position is its file's number and its number in the file, in one integer.
 ROW_BITS = 40
 
-TEXT = "text"
-LABEL = "label"
 POSITION = "position"
 
 
@@ -36,14 +35,18 @@ class Reading:
 
     files: tuple[SourceFile, ...]
     columns: dict[str, str]
-    """Name here → column of the source: text, label, and the slices."""
+    """Name here → column of the source: the task's own, and the slices."""
+    lists: frozenset[str]
+    """Those of `columns` that may hold lists or objects."""
     block_rows: int
     limit: int | None
 
     def fragments(self) -> list[tuple[int, int]]:
         """First and last + 1 of the files that one task reads one after the other."""
         if self.limit is not None:  # the first rows are known only by counting
-            return [(0, len(self.files))]
+            splits = [file.split for file in self.files]
+            starts = [i for i in range(len(splits)) if i == 0 or splits[i] != splits[i - 1]]
+            return list(zip(starts, [*starts[1:], len(splits)], strict=True))
         fragments: list[tuple[int, int]] = []
         start, size = 0, 0
         for i, file in enumerate(self.files):
@@ -52,6 +55,12 @@ class Reading:
                 start, size = i, 0
             size += file.size
         return [*fragments, (start, len(self.files))]
+
+    def splits(self, positions: np.ndarray) -> np.ndarray:
+        """Index into SPLITS, int8 [rows], of rows whose split is given; -1 where it is not."""
+        given = [SPLITS.index(file.split) if file.split else -1 for file in self.files]
+        found: np.ndarray = np.array(given, np.int8)[positions >> ROW_BITS]
+        return found
 
     def place(self, position: int) -> str:
         """File and row of a position, for messages."""
@@ -89,9 +98,11 @@ def read_blocks(reading: Reading, fragment: int, files: tuple[int, int]) -> Iter
 
 def _tables(reading: Reading, files: tuple[int, int]) -> Iterator[pa.Table]:
     left = math.inf if reading.limit is None else reading.limit
+    columns = list(reading.columns.values())
+    lists = frozenset(reading.columns[name] for name in reading.lists)
     for index in range(*files):
         row = 0
-        for read in read_tables(reading.files[index], list(reading.columns.values()), reading.block_rows):
+        for read in read_tables(reading.files[index], columns, reading.block_rows, lists):
             table = read.rename_columns(list(reading.columns)).slice(0, int(min(left, read.num_rows)))
             left -= table.num_rows
             first = (index << ROW_BITS) + row

@@ -19,8 +19,9 @@ from typing import Any
 from lib import storage, tracking
 from lib.data import sources
 from lib.data.passes import Scanned, Written, find_duplicates, scan, write
-from lib.data.plan import FORMAT, Plan
+from lib.data.plan import FORMAT, SOURCES, Plan
 from lib.errors import DataError
+from lib.tasks import load_task
 
 
 def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -32,8 +33,9 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         say(f"scanning {_source(plan)}")
         scanned, hashes = scan(plan.reading, plan.settings)
         _check_scanned(plan, scanned)
-        say(f"scanned {scanned.rows:,} rows; looking for duplicates")
-        dropped = find_duplicates(plan.reading, hashes)
+        say(f"scanned {scanned.rows:,} rows")
+        keep = plan.settings.data.duplicates == "keep"
+        dropped = None if keep else find_duplicates(plan.reading, hashes)
         del hashes  # 36 bytes a row, in the object store
         say("tokenising and writing")
         written = write(plan.reading, plan.settings, scanned, dropped, uri, say)
@@ -48,6 +50,8 @@ def _check_scanned(plan: Plan, scanned: Scanned) -> None:
         raise DataError(scanned.problem)
     if not scanned.rows:
         raise DataError(f"the source {_source(plan)} holds no rows")
+    if scanned.malformed is not None:
+        raise DataError(f"{plan.reading.place(scanned.malformed[0])} {scanned.malformed[1]}")
     unknown = scanned.unknown
     if unknown.first is not None:
         values = ", ".join(repr(v) for v in unknown.values) + (
@@ -69,11 +73,16 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
         raise DataError(f"the source {_source(plan)} changed while it was read; run again")
     rows = sum(count.rows for count in written.splits.values())
     for split, count in written.splits.items():
-        share = getattr(plan.settings.data.split, split)
+        share = plan.settings.data.shares[split]
         if share and not count.rows:
             raise DataError(
                 f"the {split} split would be empty: {rows:,} rows are too few for a share of {share:g}; "
                 f"give more rows or another data.split"
+            )
+        if split in plan.settings.data.sources and not count.rows:
+            raise DataError(
+                f"the {split} split would be empty: no row of data.{split}_source is left; all are empty or "
+                f"duplicates of rows before them"
             )
         # Workers on other machines write to their own disk when the storage root is a plain local path.
         if len([f for f in storage.ls(storage.join(uri, split)) if f in count.shards]) < len(count.shards):
@@ -90,6 +99,7 @@ def _source(plan: Plan) -> str:
 
 def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
     settings = plan.settings
+    classes = load_task(settings.task).classes(settings.data)
     return {
         "format": FORMAT,
         "name": plan.ref.name,
@@ -98,7 +108,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
         "base": settings.model.base,
         "tokenizer": plan.tokenizer,
         "max_length": settings.model.max_length,
-        "labels": settings.data.label_names,
+        "labels": classes,
         "slices": list(settings.data.slices),
         "rows_read": scanned.rows,
         "dropped": {
@@ -107,12 +117,12 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
             "duplicate": written.duplicate,
             "conflicting": written.conflicting,
         },
-        "splits": {name: count.manifest(settings.data.label_names) for name, count in written.splits.items()},
+        "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
         "sources": [
             {"uri": file.name, "rows": scanned.files.get(i, 0), "checksum": checksum}
             for i, (file, checksum) in enumerate(zip(plan.reading.files, plan.checksums, strict=True))
         ],
-        "settings": settings.data.model_dump(mode="json", exclude={"source"}),
+        "settings": settings.data.model_dump(mode="json", exclude=SOURCES),
         "versions": tracking.versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -33,9 +33,12 @@ def hash_texts(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
     return halves[:, 0], halves[:, 1]
 
 
-def row_ids(high: np.ndarray) -> pa.Array:
-    """The high half as 16 hex digits."""
-    return pa.array([f"{h:016x}" for h in high.view(np.uint64).tolist()], pa.string())
+def row_ids(high: np.ndarray, positions: np.ndarray | None = None) -> pa.Array:
+    """The high half as 16 hex digits; with `positions`, where equal texts stay, the row's own behind it."""
+    ids = [f"{h:016x}" for h in high.view(np.uint64).tolist()]
+    if positions is not None:
+        ids = [f"{name}-{position:x}" for name, position in zip(ids, positions.tolist(), strict=True)]
+    return pa.array(ids, pa.string())
 
 
 def partitions(source_bytes: int) -> int:

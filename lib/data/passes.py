@@ -22,15 +22,14 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from lib import text
 from lib.artifacts import SPLITS
 from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
-from lib.data.label import MISSING, Mapping, Unknown
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign
+from lib.labels import MISSING, Unknown
 from lib.settings import Settings
-from lib.tasks import load_task
+from lib.tasks import Prepared, load_task
 
 # Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
 RAY_BLOCK_BYTES = 1 << 20
@@ -55,6 +54,8 @@ class Scanned:
     """Fragment → blocks."""
     problem: str | None = None
     """The first thing in the source that could not be read."""
+    malformed: tuple[int, str] | None = None
+    """Position of the first row of a wrong form, and what is wrong with it."""
 
 
 @dataclass
@@ -78,7 +79,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
             scan_block,
             fn_kwargs={
                 "columns": list(reading.columns),
-                "mapping": Mapping.of(settings.data),
+                "settings": settings,
                 "partitions": _partitions(reading),
             },
             batch_size=1,
@@ -92,6 +93,8 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
     for row in sorted(found, key=lambda r: (r["fragment"], r["number"])):
         counts = json.loads(row["counts"])
         scanned.problem = scanned.problem or row["problem"]
+        if scanned.malformed is None and counts["malformed"]:
+            scanned.malformed = tuple(counts["malformed"])
         scanned.blocks[row["fragment"]] += 1
         scanned.rows += counts["rows"]
         scanned.empty += counts["empty"]
@@ -116,7 +119,7 @@ def write(
     reading: Reading,
     settings: Settings,
     scanned: Scanned,
-    dropped: ray.data.Dataset,
+    dropped: ray.data.Dataset | None,
     uri: str,
     say: Callable[[str], None],
 ) -> Written:
@@ -128,10 +131,10 @@ def write(
     counts = _read(reading, "write").map_batches(
         write_block,
         fn_kwargs={
-            "columns": list(reading.columns),
+            "reading": reading,
             "settings": settings,
             "first_shards": first_shards,
-            "dropped": dropped.to_arrow_refs(),
+            "dropped": dropped.to_arrow_refs() if dropped else [],
             "uri": uri,
         },
         batch_size=1,
@@ -217,39 +220,41 @@ def read(fragment: pa.Table, reading: Reading) -> Iterator[pa.Table]:
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class _Ready:
     """A block after the steps that both passes take."""
 
-    texts: pa.Array
-    classes: np.ndarray
-    empty: np.ndarray
+    prepared: Prepared
     usable: np.ndarray
-    """Rows with a text and a known label."""
+    """Rows of the right form that say something and have a known label."""
     high: np.ndarray
     low: np.ndarray
     """Hash of the text, of usable rows alone."""
 
 
-def _prepare(block: Block, mapping: Mapping) -> _Prepared:
-    texts = text.normalise(blocks.flat(block.rows[blocks.TEXT]))
-    classes = mapping.apply(blocks.flat(block.rows[blocks.LABEL]))
-    empty = text.is_empty(texts)
-    usable = ~empty & (classes >= 0)
-    return _Prepared(texts, classes, empty, usable, *dedup.hash_texts(texts.filter(pa.array(usable))))
+def _prepare(block: Block, settings: Settings) -> _Ready:
+    columns = {name: blocks.flat(block.rows[name]) for name in block.rows.column_names}
+    prepared = load_task(settings.task).prepare(columns, settings.data)
+    usable = ~prepared.empty & (prepared.labels >= 0)
+    usable[list(prepared.malformed)] = False
+    return _Ready(prepared, usable, *dedup.hash_texts(prepared.texts.filter(pa.array(usable))))
 
 
-def scan_block(row: pa.Table, columns: Sequence[str], mapping: Mapping, partitions: int) -> pa.Table:
+def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int) -> pa.Table:
     """Runs in a task: counts and hashes of one block."""
     block = blocks.from_row(row, columns)
-    ready = _prepare(block, mapping)
+    ready = _prepare(block, settings)
+    prepared = ready.prepared
     positions = block.rows[blocks.POSITION].to_numpy()
-    labels = blocks.flat(block.rows[blocks.LABEL])
+    first_wrong = min(prepared.malformed, default=None)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
         "rows": len(positions),
-        "empty": int(ready.empty.sum()),
-        "unlabelled": int((~ready.empty & (ready.classes == MISSING)).sum()),
-        "unknown": asdict(Unknown.among(labels, ready.classes, positions)),
+        "empty": int(prepared.empty.sum()),
+        "unlabelled": int((~prepared.empty & (prepared.labels == MISSING)).sum()),
+        "malformed": None
+        if first_wrong is None
+        else [int(positions[first_wrong]), prepared.malformed[first_wrong]],
+        "unknown": asdict(Unknown.among(prepared.values, prepared.labels, positions)),
         "files": dict(zip(files.tolist(), file_rows.tolist(), strict=True)),
     }
     hashes = {
@@ -257,7 +262,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], mapping: Mapping, partitio
         "high": ready.high,
         "low": ready.low,
         "position": positions[ready.usable],
-        "label": ready.classes[ready.usable],
+        "label": prepared.labels[ready.usable],
     }
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
@@ -268,7 +273,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], mapping: Mapping, partitio
 
 def write_block(
     row: pa.Table,
-    columns: Sequence[str],
+    reading: Reading,
     settings: Settings,
     first_shards: Sequence[int],
     dropped: Sequence[Any],
@@ -277,22 +282,26 @@ def write_block(
     """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    block = blocks.from_row(row, columns)
-    ready = _prepare(block, Mapping.of(settings.data))
+    task, data = load_task(settings.task), settings.data
+    block = blocks.from_row(row, list(reading.columns))
+    ready = _prepare(block, settings)
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
     gone, conflict = dedup.dropped_among(ray.get(list(dropped)), positions)
     keep = ~gone
-    slices = {name: block.rows[name] for name in settings.data.slices}
-    rows = pa.table({"text": ready.texts, "label": ready.classes, **slices}).filter(pa.array(ready.usable))
-    rows = rows.add_column(0, "id", dedup.row_ids(ready.high)).filter(pa.array(keep))
+    rows = ready.prepared.rows
+    for name in data.slices:
+        rows = rows.append_column(name, block.rows[name])
+    ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
+    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
+    given = reading.splits(positions[keep])
     splits = write_shards(
         rows,
-        assign(ready.low[keep], settings.data.split),
+        np.where(given < 0, assign(ready.low[keep], data), given),
         first_shards[block.fragment] + block.number,
         uri,
-        load_task(settings.task),
+        task,
         settings.model,
-        settings.data.label_names,
+        task.classes(data),
     )
     counts = {
         "rows": block.rows.num_rows,

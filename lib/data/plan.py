@@ -14,9 +14,12 @@ from lib.base_models import tokenizer_checksum
 from lib.data import blocks, sources
 from lib.data.readers import column_names
 from lib.settings import Settings
+from lib.tasks import load_task
 
 # Part of every fingerprint. Raise it when the same input would give other rows or other files.
 FORMAT = 1
+# What the configuration says of places: their content counts, and it has checksums.
+SOURCES = {"source", "validation_source", "test_source"}
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,13 @@ def plan(settings: Settings) -> Plan:
     that cannot be used.
     """
     data = settings.data
-    files = sources.find_files(data.sources)
-    columns = {blocks.TEXT: data.columns.text, blocks.LABEL: data.columns.label, **data.slices}
+    task = load_task(settings.task)
+    columns = {**task.columns(data), **data.slices}
+    files = [
+        file
+        for split, uris in data.sources.items()
+        for file in sources.find_files(uris, data.format, split, f"{split}_source" if split else "source")
+    ]
     keys = {f"slices.{name}" if name in data.slices else f"columns.{name}": c for name, c in columns.items()}
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
@@ -52,11 +60,13 @@ def plan(settings: Settings) -> Plan:
         "task": settings.task,
         "tokenizer": tokenizer,
         "max_length": settings.model.max_length,
-        "sources": [[file.format, checksum] for file, checksum in zip(files, checksums, strict=True)],
-        "data": data.model_dump(mode="json", exclude={"source"}),
-        "classes": data.label_names,  # their order counts, and JSON objects have none
+        "sources": [
+            [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
+        ],
+        "data": data.model_dump(mode="json", exclude=SOURCES),
+        "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
-    reading = blocks.Reading(tuple(files), columns, data.rows_per_shard, data.limit)
+    reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)
     return Plan(
         settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
     )

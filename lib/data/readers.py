@@ -1,7 +1,7 @@
 """The rows of one file, as Arrow tables of text columns, with the place of whatever cannot be read.
 
-Values of every format arrive as strings (or null), so that all files of a source have one schema. Rows
-count from 1; in CSV the header is not counted.
+Values of every format arrive as strings (or null), so that all files of a source have one schema; lists and
+objects, where a task has them, as JSON. Rows count from 1; in CSV the header is not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import codecs
 import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lib import storage
+from lib.data import conll
 from lib.data.sources import FORMAT_NAMES, SourceFile
 from lib.errors import DataError
 
@@ -44,21 +45,30 @@ def column_names(file: SourceFile) -> list[str]:
             if not names:
                 raise DataError(f"{file.name} holds no rows")
             return list(names)
+        case "conll":
+            with _opened(file) as stream:
+                return conll.column_names(file, stream)
         case _:
             with _opened(file) as stream, _csv(file, stream, pacsv.ConvertOptions()) as reader:
                 return list(reader.schema.names)
 
 
-def read_tables(file: SourceFile, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+def read_tables(
+    file: SourceFile, columns: Sequence[str], batch_rows: int, lists: Set[str] = frozenset()
+) -> Iterator[pa.Table]:
     """Tables of at most about `batch_rows` rows, in order, with `columns` as strings.
 
-    Memory does not grow with the file. Raises DataError, naming the row, for what cannot be read.
+    `lists` are those of the columns that may hold lists or objects, which become JSON. Memory does not grow
+    with the file. Raises DataError, naming the row, for what cannot be read.
     """
     match file.format:
         case "parquet":
-            yield from _read_parquet(file, columns, batch_rows)
+            yield from _read_parquet(file, columns, batch_rows, lists)
         case "jsonl":
-            yield from _read_json_lines(file, columns, batch_rows)
+            yield from _read_json_lines(file, columns, batch_rows, lists)
+        case "conll":
+            with _opened(file) as stream:
+                yield from conll.read_tables(file, stream, columns, batch_rows)
         case _:
             yield from _read_csv(file, columns)
 
@@ -87,17 +97,22 @@ def _parquet(file: SourceFile, stream: Any) -> Iterator[pq.ParquetFile]:
         raise DataError(f"{file.name} is not readable Parquet: {error}") from error
 
 
-def _read_parquet(file: SourceFile, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+def _read_parquet(
+    file: SourceFile, columns: Sequence[str], batch_rows: int, lists: Set[str]
+) -> Iterator[pa.Table]:
     with _opened(file) as stream, _parquet(file, stream) as parquet:
         wanted = list(dict.fromkeys(columns))
         row = 1
         for batch in parquet.iter_batches(batch_rows, columns=wanted, use_threads=False):
-            arrays = [_as_text(file, name, batch.column(name), row) for name in columns]
+            arrays = [_as_text(file, name, batch.column(name), row, name in lists) for name in columns]
             row += batch.num_rows
             yield pa.table(arrays, names=list(columns))
 
 
-def _as_text(file: SourceFile, name: str, values: pa.Array, row: int) -> pa.Array:
+def _as_text(file: SourceFile, name: str, values: pa.Array, row: int, nested: bool) -> pa.Array:
+    if nested and pa.types.is_nested(values.type):
+        texts = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values.to_pylist()]
+        return pa.array(texts, pa.string())
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if pa.types.is_floating(values.type):
@@ -201,12 +216,14 @@ def _decode(file: SourceFile, row: int, value: bytes) -> str:
         raise _not_utf8(file, f"row {row}", error) from error
 
 
-def _read_json_lines(file: SourceFile, columns: Sequence[str], batch_rows: int) -> Iterator[pa.Table]:
+def _read_json_lines(
+    file: SourceFile, columns: Sequence[str], batch_rows: int, lists: Set[str]
+) -> Iterator[pa.Table]:
     collected: dict[str, list[str | None]] = {name: [] for name in columns}
     rows = 0
     for row, value in _json_objects(file):
         for name, values in collected.items():
-            values.append(_scalar(file, row, name, value.get(name)))
+            values.append(_text(file, row, name, value.get(name), name in lists))
         rows += 1
         if rows == batch_rows:
             yield _string_table(collected)
@@ -248,7 +265,9 @@ def _json_object(file: SourceFile, number: int, text: str) -> dict[str, Any]:
     return value
 
 
-def _scalar(file: SourceFile, row: int, name: str, value: Any) -> str | None:
+def _text(file: SourceFile, row: int, name: str, value: Any, nested: bool) -> str | None:
+    if nested and isinstance(value, list | dict):
+        return json.dumps(value, ensure_ascii=False)
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, bool):

@@ -58,9 +58,9 @@ def write_shards(
     uri: str,
     task: Task,
     model: ModelSettings,
-    labels: list[str],
+    classes: list[str],
 ) -> dict[str, SplitCount]:
-    """Encode `rows` (`id`, `text`, `label` int32, slices) and write a shard for each split that has any.
+    """Encode `rows` (`id`, the task's columns, slices) and write a shard for each split that has any.
 
     `splits` int8 [rows] indexes SPLITS; `number` names the shard. Returns the counts by split.
     """
@@ -78,17 +78,16 @@ def write_shards(
         path = storage.join(uri, split, shard_name(number))
         with storage.open_file(path, "wb") as file:
             pq.write_table(encoded, file, compression="zstd")
-        counts[split] = _count(encoded, labels, shard_name(number))
+        counts[split] = _count(encoded, task.counts(encoded, classes), shard_name(number))
     return counts
 
 
-def _count(rows: pa.Table, labels: list[str], shard: str) -> SplitCount:
-    classes = np.bincount(rows["label"].to_numpy(), minlength=len(labels))
+def _count(rows: pa.Table, labels: dict[str, int], shard: str) -> SplitCount:
     truncated = int(np.sum(rows["truncated"].to_numpy())) if "truncated" in rows.column_names else 0
     return SplitCount(
         rows=rows.num_rows,
         tokens=int(np.sum(rows["length"].to_numpy(), dtype=np.int64)),
         truncated=truncated,
-        labels={name: int(n) for name, n in zip(labels, classes, strict=True) if n},
+        labels={name: n for name, n in labels.items() if n},
         shards=[shard],
     )

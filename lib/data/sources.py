@@ -24,8 +24,18 @@ ENDINGS = {
     ".json": "jsonl",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".conll": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+    ".bio": "conll",
 }
-FORMAT_NAMES = {"csv": "CSV", "tsv": "tab-separated text", "jsonl": "JSON Lines", "parquet": "Parquet"}
+FORMAT_NAMES = {
+    "csv": "CSV",
+    "tsv": "tab-separated text",
+    "jsonl": "JSON Lines",
+    "parquet": "Parquet",
+    "conll": "CoNLL columns",
+}
 # What a file with a wrong ending most often is.
 MAGIC = {
     b"PAR1": "Parquet",
@@ -47,43 +57,53 @@ class SourceFile:
 
     uri: str
     format: str
-    """csv, tsv, jsonl or parquet."""
+    """csv, tsv, jsonl, parquet or conll."""
     gzip: bool
     size: int
     """Bytes."""
     name: str
     """As messages and manifests show it: `sample://NAME`, or the URI without `file://` and passwords."""
+    split: str | None = None
+    """The split that all its rows belong to; None where they are divided among the splits."""
 
 
 def display(uri: str) -> str:
     return re.sub(r"://[^/@]+@", "://***@", uri).removeprefix("file://")
 
 
-def find_files(sources: Sequence[str]) -> list[SourceFile]:
+def find_files(
+    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "source"
+) -> list[SourceFile]:
     """The files of all sources: sources in the given order, the files of each sorted by path.
+
+    `kind` is the format of all files, or `auto` to go by their endings; `split` is where their rows belong;
+    `key` of the `data` section named them.
 
     Raises ConfigError for a source that names nothing or an ending that names no format, DataError for a
     file that is not what its ending says, StorageError for a URI that cannot be reached.
     """
-    files = [file for source in sources for file in _files_of(source)]
+    files = [file for source in sources for file in _files_of(source, kind, split, key)]
     for file in files:
         _check_content(file)
     return files
 
 
-def _files_of(source: str) -> list[SourceFile]:
+def _files_of(source: str, kind: str, split: str | None, key: str) -> list[SourceFile]:
     uris = [storage.uri(sample_path(source, "data"))] if is_sample(source) else storage.find(source)
     if not uris:
-        raise ConfigError(f"data.source: {_why_nothing(source)}")
-    known = [(uri, found) for uri in uris if (found := file_format(uri))]
+        raise ConfigError(f"data.{key}: {_why_nothing(source)}")
+    if kind == "auto":
+        known = [(uri, found) for uri in uris if (found := file_format(uri))]
+    else:
+        known = [(uri, (kind, kind != "parquet" and uri.lower().endswith(".gz"))) for uri in uris]
     if not known:
         raise ConfigError(
-            f"data.source: cannot tell the format of {display(uris[0])} from its ending; "
-            f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file"
+            f"data.{key}: cannot tell the format of {display(uris[0])} from its ending; "
+            f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set data.format"
         )
     names = [source if is_sample(source) else display(uri) for uri, _ in known]
     return [
-        SourceFile(uri, *found, storage.size(uri), name)
+        SourceFile(uri, *found, storage.size(uri), name, split)
         for (uri, found), name in zip(known, names, strict=True)
     ]
 

@@ -9,20 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 from lib.artifacts import SPLITS
-from lib.settings import Split
+from lib.settings import DataSettings
 
 
-def assign(hashes: np.ndarray, split: Split) -> np.ndarray:
+def assign(hashes: np.ndarray, data: DataSettings) -> np.ndarray:
     """Index into SPLITS, int8 [rows], of rows whose texts have these 64-bit hashes."""
-    seed = _mix(np.array([split.seed % 2**64], np.uint64))
+    seed = _mix(np.array([data.split.seed % 2**64], np.uint64))
     # The 53 upper bits as a float in [0, 1): all that a double holds exactly.
     place = (_mix(hashes.astype(np.uint64) ^ seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return np.searchsorted(bounds(split), place, side="right").astype(np.int8)
+    return np.searchsorted(bounds(data.shares), place, side="right").astype(np.int8)
 
 
-def bounds(split: Split) -> np.ndarray:
+def bounds(split_shares: dict[str, float]) -> np.ndarray:
     """Upper ends of the splits' parts of [0, 1), but the last."""
-    shares = np.array([getattr(split, name) for name in SPLITS])
+    shares = np.array([split_shares[name] for name in SPLITS])
     ends = np.cumsum(shares)
     # Rounding must not give rows to a split whose share is 0.
     ends[np.flatnonzero(shares)[-1] :] = 1.0

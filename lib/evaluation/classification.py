@@ -16,11 +16,12 @@ from lib.evaluation.intervals import bootstrap_macro_f1, interval
 from lib.evaluation.metrics import Floats, Ints
 from lib.evaluation.scoring import Scored
 from lib.settings import EvaluationSettings
+from lib.tasks import load_task
 
 MODEL = "model"
 MISTAKES = 20
 MISTAKE_CHARS = 600
-NOT_SLICES = ("id", "text", "label", "length")
+NOT_SLICES = ("id", "text", "label", "length", "row", "context")
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ def measure(
     answers = {MODEL: in_order(scored.probabilities, scored.labels, names)}
     answers |= {name: baseline.probabilities for name, baseline in baselines.items()}
     predicted = {name: probabilities.argmax(-1) for name, probabilities in answers.items()}
+    task = load_task(subject.task)
     figures = {
         name: metrics.summary(truth, probabilities, settings.calibration_bins)
+        | task.row_metrics(rows, predicted[name], names)
         for name, probabilities in answers.items()
     }
     confusion = metrics.confusion_matrix(truth, predicted[MODEL], classes)
-    intervals, differences = _intervals(truth, predicted, figures, classes, settings.bootstrap)
+    intervals, differences = _intervals(truth, predicted, figures, classes, settings.bootstrap, groups(rows))
     report = EvalReport(
         name=subject.name,
         run=subject.run,
@@ -99,8 +102,24 @@ def lead(ours: Measured, theirs: Measured, resamples: int) -> list[float]:
     value = ours.report.metrics["macro_f1"] - theirs.report.metrics["macro_f1"]
     if not resamples:
         return [value]
-    scores = bootstrap_macro_f1(truth, predicted, len(ours.report.labels), resamples)
+    ids = ours.predictions["id"].to_pylist()
+    inside = any(":" in name for name in ids[:1])  # an item's id is its row's, and its place behind a colon
+    rows = pa.array([name.partition(":")[0] for name in ids]) if inside else None
+    scores = bootstrap_macro_f1(
+        truth, predicted, len(ours.report.labels), resamples, groups=_numbered(rows) if rows else None
+    )
     return [value, *interval(scores["ours"] - scores["theirs"])]
+
+
+def groups(items: pa.Table) -> Ints | None:
+    """The row that each item lies in, numbered from 0, int64 [N]; None where items are rows."""
+    return _numbered(items["row"]) if "row" in items.column_names else None
+
+
+def _numbered(names: pa.Array | pa.ChunkedArray) -> Ints:
+    encoded = names.dictionary_encode()
+    array = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
+    return np.asarray(array.indices).astype(np.int64)
 
 
 def in_order(probabilities: Floats, own: list[str], wanted: list[str]) -> Floats:
@@ -127,11 +146,12 @@ def _intervals(
     figures: dict[str, dict[str, float]],
     classes: int,
     resamples: int,
+    rows: Ints | None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Interval of each classifier; value and interval of the model's lead over each baseline."""
     if not resamples:
         return {}, {}
-    scores = bootstrap_macro_f1(truth, predicted, classes, resamples)
+    scores = bootstrap_macro_f1(truth, predicted, classes, resamples, groups=rows)
     lead = {name: figures[MODEL]["macro_f1"] - figures[name]["macro_f1"] for name in figures if name != MODEL}
     return (
         {name: interval(drawn) for name, drawn in scores.items()},
@@ -159,11 +179,12 @@ def _mistakes(rows: pa.Table, truth: Ints, probabilities: Floats, names: list[st
     """The wrong answers that the model was surest of: its blind spots, and the dataset's wrong labels."""
     confidence, predicted = probabilities.max(-1), probabilities.argmax(-1)
     wrong = np.flatnonzero(predicted != truth)
+    shown = rows["context"] if "context" in rows.column_names else rows["text"]
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return [
         {
             "id": rows["id"][int(i)].as_py(),
-            "text": textwrap.shorten(rows["text"][int(i)].as_py(), MISTAKE_CHARS, placeholder=" …"),
+            "text": textwrap.shorten(shown[int(i)].as_py(), MISTAKE_CHARS, placeholder=" …"),
             "label": names[truth[i]],
             "predicted": names[predicted[i]],
             "confidence": float(confidence[i]),

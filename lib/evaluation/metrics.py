@@ -14,7 +14,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 # Metrics by which a model may be promoted: the higher the better, between 0 and 1.
-DECIDING = ("macro_f1", "accuracy", "balanced_accuracy", "weighted_f1")
+DECIDING = ("macro_f1", "accuracy", "balanced_accuracy", "weighted_f1", "entity_f1")
 
 
 def summary(labels: Ints, probabilities: Floats, bins: int = 15) -> dict[str, float]:

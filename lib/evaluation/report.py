@@ -12,7 +12,7 @@ from lib import storage
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
-from lib.evaluation.text import HEADINGS
+from lib.evaluation.text import HEADINGS, own_metrics
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PREDICTIONS = "predictions.parquet"
@@ -64,6 +64,7 @@ def page(report: EvalReport, drawn: dict[str, bytes]) -> str:
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         headings=HEADINGS,
+        own_metrics=own_metrics(report),
         classifiers={MODEL: report.metrics, **report.baselines},
         figures={file.removesuffix(".png"): base64.b64encode(png).decode() for file, png in drawn.items()},
     )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Small enough for a moving progress bar, large enough that batches of like lengths can be formed.
 ROWS_AT_ONCE = 512
-FEATURES = ("input_ids", "truncated")
+FEATURES = ("input_ids", "labels", "truncated")
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Scored:
     """A split, sorted by id, with what the model answered."""
 
     rows: pa.Table
-    """The dataset's columns except the token ids."""
+    """The task's items (`Task.items`): whole rows, or the words in them."""
     probabilities: Floats
     """[N, C'] over the model's own labels."""
     labels: list[str]
     """The model's own labels."""
     engine: str
     rows_per_second: float
-    """Rows that one actor answered in a second of work, loading not counted."""
+    """Rows of the dataset that one actor answered in a second of work, loading not counted."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Part:
 class Answers:
     """What the model says to the rows of a part."""
 
-    rows: pa.Table
+    items: pa.Table
     logits: np.ndarray
     """float32 [N, C']"""
+    rows: int
     engine: str
     seconds: float
 
@@ -85,7 +86,8 @@ class Scorer:
         rows = self.shard[1].slice(part.start, part.rows)
         began = time.perf_counter()
         logits = self.task.predict_rows(self.predictor, rows)["logits"]
-        return Answers(rows, logits, self.predictor.encoder.name, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return Answers(self.task.items(rows), logits, len(rows), self.predictor.encoder.name, seconds)
 
 
 def read_task(model_uri: str) -> TaskFile:
@@ -117,51 +119,54 @@ def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -
     answers: list[Answers] = []
     for some in pool.map_unordered(lambda scorer, part: scorer.answer.remote(part), parts):
         answers.append(some)
-        bar.update(len(some.rows))
+        bar.update(some.rows)
     bar.close()
-    rows = pa.concat_tables([some.rows for some in answers])
-    order = pc.sort_indices(rows["id"])
+    items = pa.concat_tables([some.items for some in answers])
+    order = pc.sort_indices(items["id"])
     logits = np.concatenate([some.logits for some in answers]).astype(np.float64)
     return Scored(
-        rows=rows.take(order),
+        rows=items.take(order),
         probabilities=softmax(logits[order.to_numpy()]),
         labels=info.labels,
         engine=answers[0].engine,
-        rows_per_second=len(rows) / sum(some.seconds for some in answers),
+        rows_per_second=sum(some.rows for some in answers) / sum(some.seconds for some in answers),
     )
 
 
-def start_baselines(dataset: DatasetRef, classes: int, evaluation: EvaluationSettings) -> ray.ObjectRef[Any]:
+def start_baselines(
+    task: str, dataset: DatasetRef, classes: int, evaluation: EvaluationSettings
+) -> ray.ObjectRef[Any]:
     """Fit the baselines in a task of its own, while the model is being loaded and run.
 
-    The reference gives name → Baseline, rows of the test split sorted by id.
+    The reference gives name → Baseline, items of the test split sorted by id.
     """
     import ray
 
     shards = {split: dataset.shards(split) for split in SPLITS}
-    return ray.remote(num_cpus=1)(fit_baselines).remote(shards, classes, evaluation.baseline_rows)
+    return ray.remote(num_cpus=1)(fit_baselines).remote(task, shards, classes, evaluation.baseline_rows)
 
 
-def fit_baselines(shards: dict[str, list[str]], classes: int, limit: int) -> dict[str, Baseline]:
+def fit_baselines(task: str, shards: dict[str, list[str]], classes: int, limit: int) -> dict[str, Baseline]:
     """Both baselines, fitted on at most `limit` evenly spaced training rows. `shards`: split → URIs."""
-    train, validation = (read_texts(shards[split], limit) for split in ("train", "validation"))
-    test, _ = read_texts(shards["test"])
-    return {
-        "tfidf": baselines.tfidf(train, validation, test, classes),
-        "majority": baselines.majority(train[1], len(test), classes),
-    }
+    train, validation = (read_texts(task, shards[split], limit) for split in ("train", "validation"))
+    test, _ = read_texts(task, shards["test"])
+    kind = load_task(task).BASELINE
+    if kind == "tfidf":
+        strong = baselines.tfidf(train, validation, test, classes)
+    else:
+        strong = baselines.lookup(train, test, classes)
+    return {kind: strong, "majority": baselines.majority(train[1], len(test), classes)}
 
 
-def read_texts(shards: list[str], most: int | None = None) -> tuple[list[str], np.ndarray]:
-    """Texts and labels int64 of a split, sorted by id; at most `most`, evenly spaced."""
+def read_texts(task: str, shards: list[str], most: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Texts and labels int64 of a split's items, sorted by id; those of at most `most` evenly spaced rows."""
     if not shards:
         return [], np.zeros(0, np.int64)
-    fs, _ = storage.filesystem(shards[0])
-    paths = [storage.filesystem(shard)[1] for shard in shards]
-    rows = pq.read_table(paths, filesystem=fs, columns=["id", "text", "label"]).sort_by("id")
+    rows = pa.concat_tables([_read_shard(shard) for shard in shards]).sort_by("id")
     if most is not None and len(rows) > most:
         rows = rows.take(np.linspace(0, len(rows) - 1, most).astype(np.int64))
-    return rows["text"].to_pylist(), rows["label"].to_numpy().astype(np.int64)
+    items = load_task(task).items(rows).sort_by("id")
+    return items["text"].to_pylist(), items["label"].to_numpy().astype(np.int64)
 
 
 def softmax(logits: Floats) -> Floats:

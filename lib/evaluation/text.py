@@ -36,6 +36,7 @@ def render(report: EvalReport) -> str:
     parts = [
         f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test rows",
         classifiers(report),
+        row_metrics(report),
         leads(report),
         classes(report),
         *(slice_table(name, values) for name, values in report.slices.items()),
@@ -53,6 +54,21 @@ def classifiers(report: EvalReport) -> str:
         rows.append([name, values[0], between, *values[1:]])
     first, *others = HEADINGS.values()
     return table(["", first, "95% interval", *others], rows)
+
+
+def row_metrics(report: EvalReport) -> str:
+    """What only whole rows show, such as entities; empty for a task without."""
+    names = own_metrics(report)
+    rows = [
+        [name, *(f"{figures[key]:.3f}" if key in figures else "" for key in names)]
+        for name, figures in {"model": report.metrics, **report.baselines}.items()
+    ]
+    return table(["", *(key.replace("_", " ") for key in names)], rows) if names else ""
+
+
+def own_metrics(report: EvalReport) -> list[str]:
+    """Metrics of the task alone, beside those that every classifier has."""
+    return [key for key in report.metrics if key not in HEADINGS and key != "balanced_accuracy"]
 
 
 def leads(report: EvalReport) -> str:

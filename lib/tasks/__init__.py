@@ -10,11 +10,12 @@ Shapes: B rows in a batch, T tokens in its longest row, C classes.
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lib.errors import ConfigError, nearest
-from lib.settings import ModelSettings, ServingSettings, Settings, task_names
+from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings, task_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,25 @@ if TYPE_CHECKING:
     Outputs = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Rows of a source as a task understands them."""
+
+    rows: pa.Table
+    """What `encode` reads and the dataset keeps; a row for each row of the source."""
+    texts: pa.Array
+    """string: what a row says. Equal texts are duplicates, and all of them fall into one split."""
+    labels: np.ndarray
+    """int32: what is to be learned of a row; duplicates with different ones conflict. Below 0: MISSING or
+    UNKNOWN of `lib.labels`."""
+    values: pa.Array
+    """string: what the source gives for a label, for messages about those that are UNKNOWN."""
+    empty: np.ndarray
+    """bool: rows that say nothing."""
+    malformed: dict[int, str]
+    """Row → what is wrong with its form."""
+
+
 class Task(Protocol):
     """What a module of `lib.tasks` offers."""
 
@@ -36,8 +56,25 @@ class Task(Protocol):
     """What a client sends: the HTTP schema and the batch-scoring schema are the same."""
     Response: type[BaseModel]
 
+    LISTS: frozenset[str]
+    """Columns of the source, by their names here, that hold lists or objects; they arrive as JSON."""
+    BASELINE: Literal["tfidf", "lookup"]
+    """What the task is compared with beside the most frequent class (`lib.evaluation.baselines`)."""
+
+    def columns(self, data: DataSettings) -> dict[str, str]:
+        """Name here → column of the source. Raises ConfigError when `data` does not suit the task."""
+
+    def classes(self, data: DataSettings) -> list[str]:
+        """What the model's outputs stand for, in their order."""
+
+    def prepare(self, source: dict[str, pa.Array], data: DataSettings) -> Prepared:
+        """Columns of a source, by their names here and all as strings → normalised rows with class indices."""
+
+    def counts(self, rows: pa.Table, classes: list[str]) -> dict[str, int]:
+        """Class → how often the rows of a dataset hold it."""
+
     def encode(self, rows: pa.Table, model: ModelSettings) -> pa.Table:
-        """Normalised rows → the same rows with the feature columns that training reads.
+        """Prepared rows → the same rows with the feature columns that training reads.
 
         Runs inside Ray Data's map_batches. Always adds `length` int32, the tokens of each row.
         """
@@ -75,9 +112,23 @@ class Task(Protocol):
     def predict(self, predictor: Any, request: Any) -> Any:
         """Answer one validated request; used by serving and by batch scoring alike."""
 
+    def items(self, rows: pa.Table) -> pa.Table:
+        """What is judged right or wrong in rows of a dataset, with the rows' slices: `id` (sorting by it keeps
+        the order inside a row), `text`, `label` int32, `length`, and, where a row holds several, `row`, its id,
+        and `context`, the item as a reader needs to see it."""
+
     def predict_rows(self, predictor: Any, rows: pa.Table) -> Outputs:
-        """`logits` [B, C] for rows of a dataset, in their order and tokenised as the model itself does;
-        used by evaluation."""
+        """`logits` [M, C] for the M items of rows of a dataset, in their order and tokenised as the model
+        itself does; used by evaluation."""
+
+    def row_metrics(self, items: pa.Table, predicted: np.ndarray, classes: list[str]) -> dict[str, float]:
+        """Metrics that only whole rows show, from the predicted class of each item, sorted by id."""
+
+    def example(self, row: dict[str, Any]) -> Any:
+        """A row of a dataset as one of a request's `inputs`."""
+
+    def tell(self, row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
+        """One answer beside the truth, in a line for people."""
 
 
 def load_task(name: str) -> Task:

@@ -5,20 +5,22 @@ A row is a text; the answer is one of the labels with a score for each (softmax 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from lib import encoders
 from lib.artifacts import TaskFile, check_model_directory
-from lib.base_models import base_directory
-from lib.errors import ModelError
-from lib.settings import ModelSettings, ServingSettings, Settings
-from lib.text import normalise
+from lib.encoders import base_tokenizer, load_tokenizer, save, softmax
+from lib.errors import ConfigError, ModelError
+from lib.labels import Mapping
+from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
+from lib.tasks import Prepared
+from lib.text import is_empty, normalise
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 
     from lib.engines import Encoder
     from lib.tasks import Batch, Outputs
+
+__all__ = ["save"]
+
+LISTS: frozenset[str] = frozenset()
+BASELINE: Literal["tfidf", "lookup"] = "tfidf"
+SHOWN_CHARS = 100
 
 
 class Request(BaseModel):
@@ -53,16 +61,35 @@ class Response(BaseModel):
     results: list[Answer]
 
 
+def columns(data: DataSettings) -> dict[str, str]:
+    if len(data.label_names) < 2:
+        raise ConfigError("data.labels: at least two different labels are needed to tell texts apart")
+    return {"text": data.columns.text, "label": data.columns.label}
+
+
+def classes(data: DataSettings) -> list[str]:
+    return data.label_names
+
+
+def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
+    texts = normalise(source["text"])
+    labels = Mapping.of(data).apply(source["label"])
+    rows = pa.table({"text": texts, "label": labels})
+    return Prepared(rows, texts, labels, source["label"], is_empty(texts), {})
+
+
+def counts(rows: pa.Table, classes: list[str]) -> dict[str, int]:
+    """Class → rows."""
+    found = np.bincount(rows["label"].to_numpy(), minlength=len(classes))
+    return dict(zip(classes, found.tolist(), strict=True))
+
+
 def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
     """Add `input_ids` list<int32>, `length` int32 and `truncated` bool to rows with a `text` column."""
-    ids, truncated = tokenize(_tokenizer(model.base, model.max_length), rows["text"].to_pylist())
-    lengths = np.fromiter((len(i) for i in ids), np.int32, len(ids))
-    offsets = np.zeros(len(ids) + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    flat = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    # One flat buffer and its offsets: building lists of Python ints would cost more than the tokeniser.
-    rows = rows.append_column("input_ids", pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)))
-    rows = rows.append_column("length", pa.array(lengths))
+    ids, truncated = tokenize(base_tokenizer(model.base, model.max_length), rows["text"].to_pylist())
+    input_ids, lengths = encoders.lists(ids)
+    rows = rows.append_column("input_ids", input_ids)
+    rows = rows.append_column("length", lengths)
     return rows.append_column("truncated", pa.array(truncated))
 
 
@@ -77,77 +104,19 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], 
     return [np.asarray(e.ids, np.int32) for e in encodings], [bool(e.overflowing) for e in encodings]
 
 
-@functools.lru_cache(maxsize=4)
-def _tokenizer(base: str, max_length: int) -> Tokenizer:
-    return load_tokenizer(base_directory(base), max_length)
-
-
-def load_tokenizer(folder: Path, max_length: int) -> Tokenizer:
-    """The Rust tokeniser of a model directory, cutting at `max_length` tokens and never padding.
-
-    Raises ModelError when the directory has none.
-    """
-    from tokenizers import Tokenizer
-
-    path = folder / "tokenizer.json"
-    if path.is_file():
-        tokenizer = Tokenizer.from_file(str(path))
-    else:
-        # Some hub models ship only a vocabulary; transformers converts it.
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
-        except Exception as error:
-            raise ModelError(f"{folder} has no usable tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(max_length)
-    return tokenizer
-
-
 def build(base: Path, settings: Settings) -> nn.Module:
     """The encoder with a fresh classification head, in fp32."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
-    labels = settings.data.label_names
-    config = AutoConfig.from_pretrained(base, trust_remote_code=settings.model.trust_remote_code)
-    config.num_labels = len(labels)
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {name: i for i, name in enumerate(labels)}
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and settings.model.max_length > positions:
-        raise ModelError(
-            f"model.max_length {settings.model.max_length} is above the {positions} positions of {settings.model.base}"
-        )
-    if settings.model.dropout is not None:
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout"):
-            if hasattr(config, name):
-                setattr(config, name, settings.model.dropout)
-    model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-        base,
-        config=config,
-        dtype=torch.float32,
-        use_safetensors=True,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
-    return model
+    return encoders.pretrained(AutoModelForSequenceClassification, base, settings, classes(settings.data))
 
 
 def collate(rows: pa.Table, pad: int) -> Batch:
     """`input_ids` and `attention_mask` int64 [B, T], `labels` int64 [B]."""
     import torch
 
-    column = rows["input_ids"].combine_chunks()
-    lengths = rows["length"].to_numpy().astype(np.int64)
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    input_ids = np.full(mask.shape, pad, np.int64)
-    input_ids[mask] = column.flatten().to_numpy()
-    return {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-        "labels": torch.from_numpy(rows["label"].to_numpy().astype(np.int64)),
-    }
+    labels = torch.from_numpy(rows["label"].to_numpy().astype(np.int64))
+    return {**encoders.inputs(rows, pad), "labels": labels}
 
 
 def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
@@ -158,9 +127,9 @@ def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
         return {label: chosen.get(label, 1.0) for label in labels}
     if chosen == "none":
         return dict.fromkeys(labels, 1.0)
-    counts = manifest["splits"]["train"]["labels"]
-    total = sum(counts.values())
-    return {label: total / (len(labels) * max(counts.get(label, 0), 1)) for label in labels}
+    found = manifest["splits"]["train"]["labels"]
+    total = sum(found.values())
+    return {label: total / (len(labels) * max(found.get(label, 0), 1)) for label in labels}
 
 
 def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:
@@ -196,23 +165,13 @@ def metrics(outputs: Outputs) -> dict[str, float]:
     from sklearn.metrics import accuracy_score, f1_score
 
     predicted = outputs["logits"].argmax(-1)
-    classes = range(outputs["logits"].shape[-1])
+    indices = range(outputs["logits"].shape[-1])
     return {
         "accuracy": float(accuracy_score(outputs["labels"], predicted)),
         "macro_f1": float(
-            f1_score(outputs["labels"], predicted, labels=classes, average="macro", zero_division=0)
+            f1_score(outputs["labels"], predicted, labels=indices, average="macro", zero_division=0)
         ),
     }
-
-
-def save(model: nn.Module, base: Path, info: TaskFile, folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    model.save_pretrained(folder)  # type: ignore[operator]
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    tokenizer.model_max_length = info.max_length
-    tokenizer.save_pretrained(folder)
-    info.write(folder)
 
 
 @dataclass
@@ -229,9 +188,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     from lib.engines import load_encoder
 
     check_model_directory(folder)
-    info = TaskFile.read(folder)
-    if info.task != "sentiment":
-        raise ModelError(f"{folder} is a {info.task} model, not sentiment")
+    info = TaskFile.read(folder, "sentiment")
     encoder = load_encoder(folder, serving)
     if encoder.classes != len(info.labels):
         raise ModelError(
@@ -258,6 +215,11 @@ def answers(predictor: Predictor, logits: np.ndarray, truncated: list[bool]) -> 
     ]
 
 
+def items(rows: pa.Table) -> pa.Table:
+    """A row is judged as a whole."""
+    return rows
+
+
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
     """`logits` [B, C] for rows of a dataset.
 
@@ -268,6 +230,16 @@ def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
     return {"logits": predictor.encoder.logits(ids)}
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(-1, keepdims=True))
-    return shifted / shifted.sum(-1, keepdims=True)  # type: ignore[no-any-return]
+def row_metrics(items: pa.Table, predicted: np.ndarray, classes: list[str]) -> dict[str, float]:
+    return {}
+
+
+def example(row: dict[str, Any]) -> str:
+    text: str = row["text"]
+    return text
+
+
+def tell(row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
+    text = row["text"] if len(row["text"]) < SHOWN_CHARS else row["text"][: SHOWN_CHARS - 3] + "…"
+    label, truth = answer["label"], classes[row["label"]]
+    return f"{text}\n    → {label} {answer['scores'][label]:.2f}   (the data says: {truth})"

@@ -105,7 +105,7 @@ def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
 def columns(shard: str) -> list[str]:
     """The columns that training reads: all but those that only evaluation needs."""
     with storage.open_file(shard) as file:
-        return [name for name in pq.read_schema(file).names if name not in ("id", "text")]
+        return [name for name in pq.read_schema(file).names if name not in ("id", "text", "tokens", "tags")]
 
 
 def in_order(window: pa.Table, budget: int, rank: int, world: int) -> Iterator[pa.Table]:

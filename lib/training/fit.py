@@ -124,7 +124,7 @@ def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any
     plain_attention(model)
     info = TaskFile(
         task=settings.task,
-        labels=settings.data.label_names,
+        labels=task.classes(settings.data),
         max_length=settings.model.max_length,
         base=settings.model.base,
         dataset=dataset.fingerprint,

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from lib.data.label import MISSING, UNKNOWN, Mapping, Unknown
+from lib.labels import MISSING, UNKNOWN, Mapping, Unknown
 from lib.settings import DataSettings
 
 

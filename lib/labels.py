@@ -1,4 +1,4 @@
-"""Label values of a source → class indices, and what the mapping does not know."""
+"""Label values of a source → class indices, and what the mapping does not know: for tasks and for `lib.data`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,510 @@
+"""Tagging: a class for each word of a sentence (named entities and the like), on any encoder.
+
+A row is a sentence of words with a tag each; tags are IOB2 inside, whatever scheme the source uses. The first
+piece of a word carries its class, in training and in prediction (Devlin et al. 2019, section 5.3). A sentence
+longer than the model reads is trained on its beginning, and predicted in overlapping windows.
+
+Shapes: B sentences, T pieces, W words in all sentences together, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+from lib import encoders, entities
+from lib.artifacts import TaskFile, check_model_directory
+from lib.encoders import base_tokenizer, load_tokenizer, save
+from lib.entities import OUTSIDE
+from lib.errors import ConfigError, ModelError
+from lib.labels import MISSING, UNKNOWN
+from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
+from lib.tasks import Prepared
+from lib.text import normalise
+
+if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+    from torch import nn
+
+    from lib.engines import TokenEncoder
+    from lib.tasks import Batch, Outputs
+
+__all__ = ["save"]
+
+LISTS = frozenset({"tokens", "tags"})
+BASELINE: Literal["tfidf", "lookup"] = "lookup"
+# Pieces that are not the first of a word: no loss, no prediction.
+IGNORED = -100
+# Words as a client's text is cut into them: initials (U.S.), words with inner hyphens and apostrophes, numbers
+# with their separators, and every other character by itself.
+WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\w+(?:[-'’]\w+)*|\d+(?:[.,:/]\d+)+|[^\w\s]")
+CONTEXT_WORDS = 6
+
+Words = tuple[list[str], list[tuple[int, int]]]
+"""Words, and first place and last + 1 of each in what a client sent."""
+
+
+class Request(BaseModel):
+    """Texts whose entities are wanted, each as it is or already cut into words."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"inputs": ["Ada Lovelace lived in London.", ["Peter", "Blackburn"]]}]
+        },
+    )
+    inputs: Annotated[
+        list[
+            Annotated[str, Field(min_length=1)]
+            | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+        ],
+        Field(min_length=1),
+    ]
+
+
+class Entity(BaseModel):
+    label: str
+    text: str
+    start: int
+    """First character of the text, or first word where words were given."""
+    end: int
+    """Behind the last one."""
+    score: float
+    """Mean probability of its words' classes."""
+
+
+class Answer(BaseModel):
+    entities: list[Entity]
+
+
+class Response(BaseModel):
+    results: list[Answer]
+
+
+def columns(data: DataSettings) -> dict[str, str]:
+    if data.undersample:
+        raise ConfigError("data.undersample: a sentence has no label of its own; only tasks with one take it")
+    return {"tokens": data.columns.tokens, "tags": data.columns.tags}
+
+
+def classes(data: DataSettings) -> list[str]:
+    return entities.tag_names(data.label_names)
+
+
+def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
+    """`tokens` list<string>, `tags` list<int32>; a word that normalises to nothing keeps its place as `\\ufffd`."""
+    names = {name: i for i, name in enumerate(classes(data))}
+    kinds = data.label_map
+    size = len(source["tokens"])
+    words: list[list[str]] = [[] for _ in range(size)]
+    tags: list[list[int]] = [[] for _ in range(size)]
+    labels, values = np.full(size, MISSING, np.int32), [""] * size
+    malformed: dict[int, str] = {}
+    for row, (tokens_json, tags_json) in enumerate(
+        zip(source["tokens"].to_pylist(), source["tags"].to_pylist(), strict=True)
+    ):
+        try:
+            tokens, given = _strings(tokens_json, "tokens", data), _strings(tags_json, "tags", data)
+            if given and len(tokens) != len(given):
+                raise ValueError(f"has {len(tokens)} tokens and {len(given)} tags; each token needs one tag")
+            found = entities.iob2(given)
+        except ValueError as error:
+            malformed[row] = str(error)
+            continue
+        words[row] = tokens
+        if not given:
+            continue
+        unknown = next((tag for tag in found if tag != OUTSIDE and tag[2:] not in kinds), None)
+        if unknown is not None:
+            labels[row], values[row] = UNKNOWN, unknown
+            continue
+        tags[row] = [names[tag if tag == OUTSIDE else tag[:2] + kinds[tag[2:]]] for tag in found]
+        # What is to be learned of a sentence, as one number: only its equality counts.
+        labels[row] = zlib.crc32(np.array(tags[row], np.int32).tobytes()) >> 1
+    flat = normalise(pa.array([word for sentence in words for word in sentence], pa.string())).to_pylist()
+    ends = np.cumsum([0, *map(len, words)])
+    clean = [[word or "\ufffd" for word in flat[start:end]] for start, end in pairwise(ends.tolist())]
+    rows = pa.table(
+        {
+            "tokens": pa.array(clean, pa.list_(pa.string())),
+            "tags": pa.array(tags, pa.list_(pa.int32())),
+        }
+    )
+    empty = np.array([not sentence for sentence in clean], bool)
+    empty[list(malformed)] = False
+    return Prepared(
+        rows,
+        pa.array([" ".join(sentence) for sentence in clean], pa.string()),
+        labels,
+        pa.array(values, pa.string()),
+        empty,
+        malformed,
+    )
+
+
+def _strings(text: str | None, what: str, data: DataSettings) -> list[str]:
+    """A JSON list of strings; empty for null. Raises ValueError in words."""
+    if text is None or not text.strip():
+        return []
+    key = f"data.columns.{what}, {getattr(data.columns, what)!r}"
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise ValueError(
+            f'holds no list in {key}: {text[:60]!r}; give a list such as ["Ada", "Lovelace"]'
+        ) from None
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+        raise ValueError(f"must hold a list of strings in {key}, not {text[:60]!r}")
+    return value
+
+
+def counts(rows: pa.Table, classes: list[str]) -> dict[str, int]:
+    """Class → words."""
+    found = np.bincount(rows["tags"].combine_chunks().flatten().to_numpy(), minlength=len(classes))
+    return dict(zip(classes, found.tolist(), strict=True))
+
+
+def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
+    """Add `input_ids` and `labels` list<int32>, `length` int32 and `truncated` bool to sentences.
+
+    `labels` holds a word's class on its first piece and IGNORED on all others.
+    """
+    encodings = base_tokenizer(model.base, model.max_length).encode_batch(
+        rows["tokens"].to_pylist(), is_pretokenized=True
+    )
+    ids, labels = [], []
+    for encoding, tags in zip(encodings, rows["tags"].to_pylist(), strict=True):
+        places, words = first_pieces(encoding.word_ids)
+        row = np.full(len(encoding.ids), IGNORED, np.int32)
+        row[places] = np.asarray(tags, np.int32)[words]
+        ids.append(np.asarray(encoding.ids, np.int32))
+        labels.append(row)
+    input_ids, lengths = encoders.lists(ids)
+    rows = rows.append_column("input_ids", input_ids)
+    rows = rows.append_column("labels", encoders.lists(labels)[0])
+    rows = rows.append_column("length", lengths)
+    return rows.append_column("truncated", pa.array([bool(e.overflowing) for e in encodings]))
+
+
+def first_pieces(word_ids: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the words' first pieces, and the words' numbers, both int64."""
+    places, words, seen = [], [], -1
+    for place, word in enumerate(word_ids):
+        if word is not None and word != seen:
+            places.append(place)
+            words.append(word)
+            seen = word
+    return np.array(places, np.int64), np.array(words, np.int64)
+
+
+def build(base: Path, settings: Settings) -> nn.Module:
+    """The encoder with a fresh classification head on every piece, in fp32."""
+    from transformers import AutoModelForTokenClassification
+
+    return encoders.pretrained(AutoModelForTokenClassification, base, settings, classes(settings.data))
+
+
+def collate(rows: pa.Table, pad: int) -> Batch:
+    """`input_ids`, `attention_mask` and `labels`, int64 [B, T]; labels are IGNORED where nothing is learned."""
+    import torch
+
+    lengths = rows["length"].to_numpy().astype(np.int64)
+    labels, _ = encoders.padded(rows["labels"], lengths, IGNORED)
+    return {**encoders.inputs(rows, pad), "labels": torch.from_numpy(labels)}
+
+
+def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
+    """Weight of each class: 1; words / (classes · words of the class); or what the configuration gives its kind."""
+    names = classes(settings.data)
+    chosen = settings.training.class_weights
+    if isinstance(chosen, dict):
+        return {name: chosen.get(name[2:], 1.0) for name in names}
+    if chosen == "none":
+        return dict.fromkeys(names, 1.0)
+    found = manifest["splits"]["train"]["labels"]
+    total = sum(found.values())
+    return {name: total / (len(names) * max(found.get(name, 0), 1)) for name in names}
+
+
+def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:
+    labels = rows["labels"].combine_chunks().flatten().to_numpy()
+    weights = np.array([balance[name] for name in classes(settings.data)])
+    return float(weights[labels[labels != IGNORED]].sum())
+
+
+def loss(
+    model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
+) -> tuple[torch.Tensor, Outputs]:
+    """Weighted cross-entropy, summed over words; in evaluation `predicted` and `labels` [words], `words` [B] a row."""
+    import torch
+    from torch.nn import functional
+
+    # Not `model.training`: a DeepSpeed engine changes only that of the module inside it.
+    learning = torch.is_grad_enabled()
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+    weights = torch.tensor([balance[name] for name in classes(settings.data)], device=logits.device)
+    total = functional.cross_entropy(
+        logits.flatten(0, 1),
+        batch["labels"].flatten(),
+        weight=weights,
+        reduction="sum",
+        ignore_index=IGNORED,
+        label_smoothing=settings.training.label_smoothing if learning else 0.0,
+    )
+    if learning:
+        return total, {}
+    chosen = batch["labels"] != IGNORED
+    return total, {
+        "predicted": logits.argmax(-1)[chosen].cpu().numpy(),
+        "labels": batch["labels"][chosen].cpu().numpy(),
+        "words": chosen.sum(-1).cpu().numpy(),
+        "classes": np.full(1, logits.shape[-1]),
+    }
+
+
+def metrics(outputs: Outputs) -> dict[str, float]:
+    """`accuracy` and `macro_f1` over words, `entity_f1` over entities of unnamed kinds.
+
+    Classes are numbers here: B- and I- of kind k are 2k + 1 and 2k + 2.
+    """
+    from sklearn.metrics import f1_score
+
+    predicted, labels = outputs["predicted"], outputs["labels"]
+    number = int(outputs["classes"][0])
+    names = entities.tag_names([str(k) for k in range((number - 1) // 2)])
+    found = entities.score(
+        _sentences(labels, outputs["words"], names), _sentences(predicted, outputs["words"], names)
+    )
+    return {
+        "accuracy": float((predicted == labels).mean()),
+        "macro_f1": float(
+            f1_score(labels, predicted, labels=range(number), average="macro", zero_division=0)
+        ),
+        "entity_f1": found[""]["f1"],
+    }
+
+
+def _sentences(tags: np.ndarray, words: np.ndarray, names: list[str]) -> list[list[str]]:
+    """Class indices [W] as the tags of sentences of `words` [B] words each."""
+    ends = np.cumsum([0, *words.tolist()]).tolist()
+    return [[names[tag] for tag in tags[start:end]] for start, end in pairwise(ends)]
+
+
+@dataclass
+class Predictor:
+    """A model directory, loaded: tokeniser, engine, classes."""
+
+    info: TaskFile
+    tokenizer: Tokenizer
+    encoder: TokenEncoder
+
+
+def load(folder: Path, serving: ServingSettings) -> Predictor:
+    """Raises ModelError when the directory is not a tagging model or its weights are not safetensors."""
+    from lib.engines import load_token_encoder
+
+    check_model_directory(folder)
+    info = TaskFile.read(folder, "tagging")
+    encoder = load_token_encoder(folder, serving)
+    if encoder.classes != len(info.labels):
+        raise ModelError(
+            f"{folder} has {encoder.classes} outputs, but task.json names {len(info.labels)} classes"
+        )
+    # Windows are cut by `read`, so that nothing is lost behind the longest sequence.
+    tokenizer = load_tokenizer(folder, info.max_length)
+    tokenizer.no_truncation()
+    return Predictor(info, tokenizer, encoder)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Sentences as windows of tokens that the model can read, and where each word is looked up."""
+
+    rows: list[np.ndarray]
+    """Token ids of each window, special tokens included."""
+    places: list[list[tuple[int, int, int]]]
+    """For each window: sentence, word, and the piece that stands for the word."""
+    words: list[int]
+    """Words of each sentence."""
+
+
+def read(predictor: Predictor, sentences: list[list[str]]) -> Reading:
+    """Tokenise words; a sentence above `max_length` becomes windows that overlap by a quarter."""
+    tokenizer = predictor.tokenizer
+    before, after = _special(tokenizer)
+    room = predictor.info.max_length - len(before) - len(after)
+    reading = Reading([], [], [len(words) for words in sentences])
+    encodings = tokenizer.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
+    for sentence, encoding in enumerate(encodings):
+        places, words = first_pieces(encoding.word_ids)
+        ends = np.append(places[1:], len(encoding.ids))
+        for first, last, counts_from in windows(places, ends, room):
+            start = int(places[first])
+            end = min(int(ends[last - 1]), start + room)
+            reading.rows.append(np.array([*before, *encoding.ids[start:end], *after], np.int32))
+            reading.places.append(
+                [
+                    (sentence, int(words[i]), int(places[i]) - start + len(before))
+                    for i in range(counts_from, last)
+                ]
+            )
+    return reading
+
+
+def windows(starts: np.ndarray, ends: np.ndarray, room: int) -> list[tuple[int, int, int]]:
+    """Windows over words whose pieces are `starts` to `ends`: first word, last + 1, and the first that counts.
+
+    Each holds at most `room` pieces (a single longer word is cut). A quarter of a window repeats the one
+    before, so that a word that counts has context to its left.
+    """
+    cut: list[tuple[int, int, int]] = []
+    first = counts_from = 0
+    while counts_from < len(starts):
+        if ends[counts_from] - starts[first] > room:  # the context leaves no room for the next word
+            first = counts_from
+        fitting = int(np.searchsorted(ends, starts[first] + room, side="right"))
+        cut.append((first, max(fitting, counts_from + 1), counts_from))
+        counts_from = cut[-1][1]
+        if counts_from < len(starts):
+            first = int(np.searchsorted(starts, starts[counts_from] - room // 4))
+    return cut
+
+
+def _special(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Special tokens before and behind a sequence."""
+    marked = tokenizer.encode("a")
+    bare = [i for i, special in enumerate(marked.special_tokens_mask) if not special]
+    if not bare:
+        return marked.ids, []
+    return marked.ids[: bare[0]], marked.ids[bare[-1] + 1 :]
+
+
+def class_logits(predictor: Predictor, reading: Reading, logits: Sequence[np.ndarray]) -> np.ndarray:
+    """Logits float32 [W, C] of all words in order, from those of every window's pieces ([T, C] each).
+
+    A word without a piece of its own is outside.
+    """
+    offsets = np.cumsum([0, *reading.words])
+    found = np.zeros((int(offsets[-1]), predictor.encoder.classes), np.float32)
+    found[:, predictor.info.labels.index(OUTSIDE)] = 1e-3
+    for places, window in zip(reading.places, logits, strict=True):
+        if places:
+            sentences, words, pieces = np.array(places).T
+            found[offsets[sentences] + words] = window[pieces]
+    return found
+
+
+def predict(predictor: Predictor, request: Request) -> Response:
+    texts = [cut_words(text) for text in request.inputs]
+    reading = read(predictor, [words for words, _ in texts])
+    logits = class_logits(predictor, reading, predictor.encoder.logits(reading.rows))
+    return Response(results=answers(predictor, request.inputs, texts, logits))
+
+
+def cut_words(text: str | list[str]) -> Words:
+    """Normalised words of a text, and where each begins and ends in it (in words, where words were given)."""
+    if isinstance(text, list):
+        found, places = text, [(i, i + 1) for i in range(len(text))]
+    else:
+        matches = list(WORD.finditer(text))
+        found, places = [m.group() for m in matches], [m.span() for m in matches]
+    clean = normalise(pa.array(found, pa.string())).to_pylist()
+    return [word or "\ufffd" for word in clean], places
+
+
+def answers(
+    predictor: Predictor,
+    inputs: Sequence[str | list[str]],
+    texts: Sequence[Words],
+    logits: np.ndarray,
+) -> list[Answer]:
+    """Logits [W, C] of all texts' words as entities with their places."""
+    probabilities = encoders.softmax(logits)
+    best = probabilities.argmax(-1)
+    results, start = [], 0
+    for given, (words, places) in zip(inputs, texts, strict=True):
+        span = slice(start, start + len(words))
+        tags = [predictor.info.labels[i] for i in best[span]]
+        sure = probabilities[span].max(-1)
+        found = []
+        for kind, first, end in entities.spans(tags):
+            begins, ends = places[first][0], places[end - 1][1]
+            text = " ".join(given[begins:ends]) if isinstance(given, list) else given[begins:ends]
+            score = float(sure[first:end].mean())
+            found.append(Entity(label=kind, text=text, start=begins, end=ends, score=score))
+        results.append(Answer(entities=found))
+        start = span.stop
+    return results
+
+
+def items(rows: pa.Table) -> pa.Table:
+    """A word each: `id` sentence and place, `row` the sentence, `text` the word, `context` the words around it."""
+    sentences, tags = rows["tokens"].to_pylist(), rows["tags"].combine_chunks()
+    sizes = np.array([len(words) for words in sentences], np.int64)
+    index = np.repeat(np.arange(len(sentences)), sizes)
+    carried = [name for name in rows.column_names if name not in NOT_CARRIED]
+    table = rows.select(carried).take(pa.array(index))
+    rows_of = rows["id"].take(pa.array(index))
+    numbers = np.concatenate([np.arange(n) for n in sizes]) if len(sizes) else np.zeros(0, np.int64)
+    ids = [f"{name}:{i:05d}" for name, i in zip(rows_of.to_pylist(), numbers.tolist(), strict=True)]
+    table = table.append_column("id", pa.array(ids, pa.string())).append_column("row", rows_of)
+    table = table.append_column("text", pa.array([w for words in sentences for w in words], pa.string()))
+    table = table.append_column(
+        "context",
+        pa.array([_context(words, i) for words in sentences for i in range(len(words))], pa.string()),
+    )
+    return table.append_column("label", tags.flatten().cast(pa.int32()))
+
+
+NOT_CARRIED = ("id", "tokens", "tags", "input_ids", "labels", "truncated")
+
+
+def _context(words: list[str], place: int) -> str:
+    before = words[max(0, place - CONTEXT_WORDS) : place]
+    after = words[place + 1 : place + 1 + CONTEXT_WORDS]
+    return " ".join([*before, f"⟦{words[place]}⟧", *after])
+
+
+def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
+    """`logits` [W, C] for the words of rows of a dataset, by the model's own tokeniser."""
+    reading = read(predictor, rows["tokens"].to_pylist())
+    return {"logits": class_logits(predictor, reading, predictor.encoder.logits(reading.rows))}
+
+
+def row_metrics(items: pa.Table, predicted: np.ndarray, classes: list[str]) -> dict[str, float]:
+    """`entity_precision`, `entity_recall`, `entity_f1`, and `entity_f1/KIND` for each kind."""
+    sentence = items["row"].to_numpy(zero_copy_only=False)
+    ends = np.append(np.flatnonzero(sentence[1:] != sentence[:-1]) + 1, len(sentence))
+    words = np.diff(ends, prepend=0)
+    found = entities.score(
+        _sentences(items["label"].to_numpy(), words, classes), _sentences(predicted, words, classes)
+    )
+    whole = found.pop("")
+    figures = {f"entity_{name}": whole[name] for name in ("precision", "recall", "f1")}
+    return figures | {f"entity_f1/{kind}": values["f1"] for kind, values in found.items()}
+
+
+def example(row: dict[str, Any]) -> list[str]:
+    words: list[str] = row["tokens"]
+    return words
+
+
+def tell(row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
+    truth = entities.spans([classes[tag] for tag in row["tags"]])
+    said = [f"{e['text']} {e['label']} {e['score']:.2f}" for e in answer["entities"]]
+    real = [f"{' '.join(row['tokens'][first:end])} {kind}" for kind, first, end in truth]
+    return (
+        f"{' '.join(row['tokens'])}\n    → {'; '.join(said) or 'no entity'}"
+        f"   (the data says: {'; '.join(real) or 'no entity'})"
+    )

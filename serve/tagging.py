@@ -1,0 +1,123 @@
+"""Entities over HTTP: POST /v1/tagging {"inputs": ["…", …]} → the entities of each text, with their places.
+
+    python -m serve.deploy --config jobs/configs/ner.yaml      # follows the champion
+
+As in serve/sentiment.py, the replica that parses a request also computes it, and the texts of all requests in
+flight are batched by length. A text longer than the model reads is computed in overlapping windows.
+"""
+
+# Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, ConfigDict, Field, create_model
+from ray import serve as ray_serve
+from ray.serve.schema import LoggingConfig
+
+from lib.settings import ServingSettings
+from lib.tasks import tagging as task
+from serve.batching import LengthBatcher
+from serve.http import create_app, request_id
+from serve.replica import Replica, bind
+
+EXAMPLE: dict[str, Any] = {
+    "results": [
+        {
+            "entities": [
+                {"label": "PER", "text": "Ada Lovelace", "start": 0, "end": 12, "score": 0.99},
+                {"label": "LOC", "text": "London", "start": 22, "end": 28, "score": 0.98},
+            ]
+        }
+    ],
+    "model": "ner",
+    "version": 3,
+    "request_id": "4f1c2d5e-8a43-4a55-9a9e-0c4c4f6f2f0a",
+}
+
+
+class Response(BaseModel):
+    """Answers in the order of the inputs."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
+
+    results: list[task.Answer]
+    model: str
+    version: int
+    request_id: str
+
+
+class Model:
+    """A loaded model version with the engine thread that computes it."""
+
+    def __init__(self, folder: Path, serving: ServingSettings) -> None:
+        self.predictor = task.load(folder, serving)
+        encoder = self.predictor.encoder
+        self.name = encoder.name
+        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+
+    async def answer(self, inputs: list[str | list[str]]) -> list[task.Answer]:
+        # Cutting a text into words is Python, and takes longer than a hop to a thread.
+        texts, reading = await asyncio.to_thread(self._read, inputs)
+        logits = task.class_logits(self.predictor, reading, await self.batcher.results(reading.rows))
+        return task.answers(self.predictor, inputs, texts, logits)
+
+    def _read(self, inputs: list[str | list[str]]) -> tuple[list[task.Words], task.Reading]:
+        texts = [task.cut_words(text) for text in inputs]
+        return texts, task.read(self.predictor, [words for words, _ in texts])
+
+    def close(self) -> None:
+        self.batcher.close()
+
+
+@ray_serve.deployment(name="Tagging", logging_config=LoggingConfig(enable_access_log=False))
+@ray_serve.ingress()
+class Tagging(Replica[Model]):
+    """A replica that finds entities."""
+
+    def __init__(self, serving: ServingSettings) -> None:
+        super().__init__(serving, lambda folder: Model(folder, serving))
+
+    async def tag(self, inputs: list[str | list[str]], identity: str) -> Response:
+        with self.models.using() as loaded:
+            results = await loaded.model.answer(inputs)
+        return Response(
+            results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return http_api(self)
+
+
+def http_api(replica: Tagging) -> FastAPI:
+    """The HTTP side of a replica."""
+    serving = replica.serving
+    app = create_app(
+        "Whorl tagging",
+        "Entities in texts, by a model that was fine-tuned on your data.",
+        replica,
+        serving.max_body_bytes,
+    )
+    Limited = limited_request(serving)  # noqa: N806 - a class
+
+    @app.post("/v1/tagging", tags=["tagging"], summary="Find entities")
+    async def tag(request: Request, body: Limited) -> Response:  # type: ignore[valid-type]
+        return await replica.tag(body.inputs, request_id(request))  # type: ignore[attr-defined]
+
+    return app
+
+
+def limited_request(serving: ServingSettings) -> type[task.Request]:
+    """The task's request with the limits of this deployment, so that its documentation shows them."""
+    text = Annotated[str, Field(min_length=1, max_length=serving.max_chars)]
+    word = Annotated[str, Field(min_length=1, max_length=serving.max_chars)]
+    words = Annotated[list[word], Field(min_length=1, max_length=serving.max_chars)]  # type: ignore[valid-type]
+    inputs = Annotated[list[text | words], Field(min_length=1, max_length=serving.max_inputs)]  # type: ignore[valid-type]
+    return create_model("Request", __base__=task.Request, inputs=(inputs, ...))
+
+
+def application(args: ServingSettings) -> ray_serve.Application:
+    """Builder for `serve deploy`: `args` in the file are the keys of the configuration's `serving`."""
+    return bind(Tagging, args)
