@@ -106,6 +106,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
             "unlabelled": scanned.unlabelled,
             "duplicate": written.duplicate,
             "conflicting": written.conflicting,
+            "undersampled": written.undersampled,
         },
         "splits": {name: count.manifest(settings.data.label_names) for name, count in written.splits.items()},
         "sources": [

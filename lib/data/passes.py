@@ -28,7 +28,7 @@ from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
 from lib.data.label import MISSING, Mapping, Unknown
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import assign
+from lib.data.split import assign, kept
 from lib.settings import Settings
 from lib.tasks import load_task
 
@@ -64,6 +64,7 @@ class Written:
     rows: int = 0
     duplicate: int = 0
     conflicting: int = 0
+    undersampled: int = 0
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
@@ -145,6 +146,7 @@ def write(
         written.rows += block["rows"]
         written.duplicate += block["duplicate"]
         written.conflicting += block["conflicting"]
+        written.undersampled += block["undersampled"]
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
         if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
@@ -285,9 +287,11 @@ def write_block(
     slices = {name: block.rows[name] for name in settings.data.slices}
     rows = pa.table({"text": ready.texts, "label": ready.classes, **slices}).filter(pa.array(ready.usable))
     rows = rows.add_column(0, "id", dedup.row_ids(ready.high)).filter(pa.array(keep))
+    places = assign(ready.low[keep], settings.data.split)
+    spare = _undersampled(rows["label"].to_numpy(), places, ready.high[keep], settings)
     splits = write_shards(
-        rows,
-        assign(ready.low[keep], settings.data.split),
+        rows.filter(pa.array(~spare)),
+        places[~spare],
         first_shards[block.fragment] + block.number,
         uri,
         load_task(settings.task),
@@ -298,6 +302,19 @@ def write_block(
         "rows": block.rows.num_rows,
         "duplicate": int((gone & ~conflict).sum()),
         "conflicting": int(conflict.sum()),
+        "undersampled": int(spare.sum()),
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _undersampled(
+    classes: np.ndarray, splits: np.ndarray, hashes: np.ndarray, settings: Settings
+) -> np.ndarray:
+    """Bool [rows]: training rows that `data.undersample` leaves out, the same ones in every run."""
+    data = settings.data
+    if not data.undersample:
+        return np.zeros(len(classes), bool)
+    shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
+    training = splits == SPLITS.index("train")
+    return training & ~kept(hashes, shares[classes], data.split.seed)
