@@ -98,6 +98,9 @@ class DataSettings(Section):
     limit: Positive | None = None
     """Take only the first rows of the source, and of the source of each split that has its own."""
     split: Split = Split()
+    undersample: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
+    test stay as they are."""
     rows_per_shard: Positive = 20_000
 
     @field_validator("labels", mode="before")
@@ -121,6 +124,13 @@ class DataSettings(Section):
                 f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
             )
         return value
+
+    @model_validator(mode="after")
+    def _undersample(self) -> DataSettings:
+        for label in self.undersample:
+            if label not in self.label_names:
+                raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
+        return self
 
     @property
     def sources(self) -> dict[str | None, list[str]]:

@@ -47,6 +47,10 @@ def test_label_keys_compare_as_text_and_keep_their_order() -> None:
         (["--task", "sentimnt"], "no task 'sentimnt'; did you mean 'sentiment'?"),
         (["--data.split.train", "0.5"], "train + validation + test must be 1, not 0.7"),
         (["--data.labels", "[only]"], "data.labels: at least two different labels"),
+        (
+            ["--data.undersample", "{positve: 0.5}"],
+            "undersample: no label 'positve'; did you mean 'positive'?",
+        ),
         (["--data.source", "[]"], "data.source"),
         (["--data.slices", "{text: Title}"], "slice name 'text' is the name of a dataset column"),
         (["--training.class_weights", "{negativ: 2}"], "no label 'negativ'; did you mean 'negative'?"),

@@ -116,6 +116,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
             "unlabelled": scanned.unlabelled,
             "duplicate": written.duplicate,
             "conflicting": written.conflicting,
+            "undersampled": written.undersampled,
         },
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
         "sources": [

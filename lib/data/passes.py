@@ -26,9 +26,9 @@ from lib.artifacts import SPLITS
 from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import assign
+from lib.data.split import assign, kept
 from lib.labels import MISSING, Unknown
-from lib.settings import Settings
+from lib.settings import DataSettings, Settings
 from lib.tasks import Prepared, load_task
 
 # Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
@@ -65,6 +65,7 @@ class Written:
     rows: int = 0
     duplicate: int = 0
     conflicting: int = 0
+    undersampled: int = 0
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
@@ -148,6 +149,7 @@ def write(
         written.rows += block["rows"]
         written.duplicate += block["duplicate"]
         written.conflicting += block["conflicting"]
+        written.undersampled += block["undersampled"]
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
         if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
@@ -294,9 +296,11 @@ def write_block(
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
     given = reading.splits(positions[keep])
+    places = np.where(given < 0, assign(ready.low[keep], data), given)
+    spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
     splits = write_shards(
-        rows,
-        np.where(given < 0, assign(ready.low[keep], data), given),
+        rows.filter(pa.array(~spare)),
+        places[~spare],
         first_shards[block.fragment] + block.number,
         uri,
         task,
@@ -307,6 +311,18 @@ def write_block(
         "rows": block.rows.num_rows,
         "duplicate": int((gone & ~conflict).sum()),
         "conflicting": int(conflict.sum()),
+        "undersampled": int(spare.sum()),
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _undersampled(
+    classes: np.ndarray, splits: np.ndarray, hashes: np.ndarray, data: DataSettings
+) -> np.ndarray:
+    """Bool [rows]: training rows that `data.undersample` leaves out, the same ones in every run."""
+    if not data.undersample:
+        return np.zeros(len(classes), bool)
+    shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
+    training = splits == SPLITS.index("train")
+    return training & ~kept(hashes, shares[classes], data.split.seed)

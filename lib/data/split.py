@@ -14,10 +14,24 @@ from lib.settings import DataSettings
 
 def assign(hashes: np.ndarray, data: DataSettings) -> np.ndarray:
     """Index into SPLITS, int8 [rows], of rows whose texts have these 64-bit hashes."""
-    seed = _mix(np.array([data.split.seed % 2**64], np.uint64))
-    # The 53 upper bits as a float in [0, 1): all that a double holds exactly.
-    place = (_mix(hashes.astype(np.uint64) ^ seed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return np.searchsorted(bounds(data.shares), place, side="right").astype(np.int8)
+    return np.searchsorted(bounds(data.shares), _place(hashes, data.split.seed), side="right").astype(np.int8)
+
+
+def kept(hashes: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """Bool [rows]: which rows stay when each has the chance `shares` float [rows] to.
+
+    `hashes` are other bits than `assign` was given, so that the two choices have nothing to do with each other.
+    """
+    stay: np.ndarray = _place(hashes, seed) < shares
+    return stay
+
+
+def _place(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """Even in [0, 1), float64 [rows], from 64-bit hashes and a seed."""
+    mixed = _mix(hashes.astype(np.uint64) ^ _mix(np.array([seed % 2**64], np.uint64)))
+    # The 53 upper bits as a float: all that a double holds exactly.
+    place: np.ndarray = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return place
 
 
 def bounds(split_shares: dict[str, float]) -> np.ndarray:

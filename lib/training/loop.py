@@ -8,6 +8,7 @@ of the rows that were seen, not a count of steps, since batches are cut by token
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import resource
 import tempfile
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
+from ray.train.v2._internal.execution import context
 
 from lib import tracking
 from lib.artifacts import DatasetRef, RunRef
@@ -42,6 +44,8 @@ VALIDATION_BATCH = 4
 def train(config: dict[str, Any]) -> dict[str, Any]:
     """A worker, from start to end. Returns what `Loop.summary` says (the same on every worker)."""
     settings = Settings.model_validate(config["settings"])
+    # It tells of each report, under a name that RunConfig's log level does not reach.
+    logging.getLogger(context.__file__).setLevel(logging.WARNING)
     first = FirstWindow(settings.training.shuffle_rows)
     dataset = DatasetRef(**config["dataset"])
     torch.set_num_threads(max(1, round(settings.training.cpus_per_worker)))

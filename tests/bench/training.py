@@ -34,6 +34,7 @@ TOKENS_PER_BATCH = 2048
 LIMIT = 5150
 COMMON = [
     "--data.limit", str(LIMIT),
+    "--data.undersample", "{}",
     "--training.epochs", "1",
     "--training.tokens_per_batch", str(TOKENS_PER_BATCH),
     "--training.learning_rate", "1e-4",

@@ -76,7 +76,13 @@ def test_a_dataset_holds_every_good_row_once(tiny_base: Path, source: Path) -> N
     assert planned.ref.exists()
     assert manifest == planned.ref.manifest()
     assert manifest["rows_read"] == 300
-    assert manifest["dropped"] == {"empty": 5, "unlabelled": 3, "duplicate": 6, "conflicting": 4}
+    assert manifest["dropped"] == {
+        "empty": 5,
+        "unlabelled": 3,
+        "duplicate": 6,
+        "conflicting": 4,
+        "undersampled": 0,
+    }
     assert [s["rows"] for s in manifest["sources"]] == [100, 100, 100]
 
     tables = read(planned.ref.uri)
@@ -116,6 +122,23 @@ def test_columns_and_tokens_are_what_training_reads(tiny_base: Path, source: Pat
     rows = table.slice(0, 20).to_pylist()
     encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=12)
     assert [row["input_ids"] for row in rows] == encoded["input_ids"]
+
+
+def test_undersampling_leaves_out_training_rows_of_its_label_alone(tiny_base: Path, source: Path) -> None:
+    whole, sampled = (
+        plan(settings(tiny_base, str(source), **extra)) for extra in ({}, {"undersample": {"good": 0.4}})
+    )
+    before, after = build(whole), build(sampled)
+    kept = after["splits"]["train"]["labels"]
+    assert kept["bad"] == before["splits"]["train"]["labels"]["bad"]
+    assert 0 < kept["good"] < 0.6 * before["splits"]["train"]["labels"]["good"]
+    left_out = before["splits"]["train"]["labels"]["good"] - kept["good"]
+    assert after["dropped"]["undersampled"] == left_out
+    for split in ("validation", "test"):
+        assert read(sampled.ref.uri)[split].equals(read(whole.ref.uri)[split])
+    assert set(read(sampled.ref.uri)["train"]["id"].to_pylist()) < set(
+        read(whole.ref.uri)["train"]["id"].to_pylist()
+    )
 
 
 def contents(uri: str) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.data.split import assign
+from lib.data.split import assign, kept
 from lib.settings import Split
 
 HASHES = np.random.default_rng(0).integers(-(2**63), 2**63, 100_000)
@@ -40,3 +40,14 @@ def test_a_share_of_zero_gets_no_row(shares: tuple[float, float, float], empty: 
     split = Split(train=shares[0], validation=shares[1], test=shares[2])
     counts = np.bincount(assign(HASHES, split), minlength=3)
     assert [i for i in range(3) if counts[i] == 0] == empty
+
+
+def test_undersampling_keeps_the_shares_and_is_independent_of_the_split() -> None:
+    other = np.random.default_rng(2).integers(-(2**63), 2**63, 100_000)
+    shares = np.where(np.arange(100_000) % 2, 0.3, 1.0)
+    stay = kept(other, shares, seed=0)
+    assert stay[::2].all()
+    assert stay[1::2].mean() == pytest.approx(0.3, abs=3 * np.sqrt(0.25 / 50_000))
+    splits = assign(HASHES, Split())
+    assert stay[1::2][splits[1::2] == 0].mean() == pytest.approx(0.3, abs=0.01)
+    assert (kept(other[:100], shares[:100], seed=0) == stay[:100]).all()
