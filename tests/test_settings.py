@@ -46,7 +46,7 @@ def test_label_keys_compare_as_text_and_keep_their_order() -> None:
         (["--training.zero_stage", "7"], "training.zero_stage: input should be 0, 1, 2 or 3, got 7"),
         (["--task", "sentimnt"], "no task 'sentimnt'; did you mean 'sentiment'?"),
         (["--data.split.train", "0.5"], "train + validation + test must be 1, not 0.7"),
-        (["--data.labels", "[only]"], "data.labels: at least two different labels"),
+        (["--data.labels", "[]"], "data.labels: at least one label"),
         (
             ["--data.undersample", "{positve: 0.5}"],
             "undersample: no label 'positve'; did you mean 'positive'?",

@@ -17,7 +17,7 @@ COLUMNS = {"text": "review", "label": "stars", "kind": "stars"}
 
 
 def reading(folder: Path, block_rows: int = 10, limit: int | None = None) -> Reading:
-    return Reading(tuple(find_files([str(folder)])), COLUMNS, block_rows, limit)
+    return Reading(tuple(find_files([str(folder)])), COLUMNS, frozenset(), block_rows, limit)
 
 
 def files(folder: Path, sizes: Sequence[int], text: str = "text") -> list[str]:

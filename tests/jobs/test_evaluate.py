@@ -39,7 +39,7 @@ def test_figures_are_those_of_the_model_itself(settings, ray_cluster, capsys):
     evaluate(settings)
     measured = files.read(run.ref.evaluation_uri)
 
-    texts, truth = scoring.read_texts(dataset.shards("test"))
+    texts, truth = scoring.read_texts("sentiment", dataset.shards("test"))
     folder = local(run.ref.model_uri)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -156,8 +156,8 @@ def test_more_actors_than_the_cluster_can_hold(settings, ray_cluster):
 
 def test_baselines_fit_on_evenly_spaced_rows_when_there_are_too_many(settings):
     dataset = make_dataset(settings)
-    texts, labels = scoring.read_texts(dataset.shards("train"), most=7)
-    everything, _ = scoring.read_texts(dataset.shards("train"))
+    texts, labels = scoring.read_texts("sentiment", dataset.shards("train"), most=7)
+    everything, _ = scoring.read_texts("sentiment", dataset.shards("train"))
     assert len(texts) == len(labels) == 7
     assert texts[0] == everything[0]
     assert texts[-1] == everything[-1]
