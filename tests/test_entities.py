@@ -22,7 +22,7 @@ SENTENCE = [("PER", 0, 2), ("LOC", 3, 4), ("LOC", 4, 5), ("ORG", 5, 8)]
 )
 def test_every_scheme_gives_the_same_entities(tags: str) -> None:
     assert spans(tags.split()) == SENTENCE
-    assert iob2(tags.split()) == "B-PER I-PER O B-LOC B-LOC B-ORG I-ORG I-ORG".split()
+    assert iob2(tags.split()) == ["B-PER", "I-PER", "O", "B-LOC", "B-LOC", "B-ORG", "I-ORG", "I-ORG"]
 
 
 def test_a_kind_that_changes_begins_another_entity() -> None:

@@ -48,7 +48,7 @@ BASELINE: Literal["tfidf", "lookup"] = "lookup"
 IGNORED = -100
 # Words as a client's text is cut into them: initials (U.S.), words with inner hyphens and apostrophes, numbers
 # with their separators, and every other character by itself.
-WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\w+(?:[-'’]\w+)*|\d+(?:[.,:/]\d+)+|[^\w\s]")
+WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/]\d+)+|\w+(?:[-'’]\w+)*|[^\w\s]")
 CONTEXT_WORDS = 6
 
 Words = tuple[list[str], list[tuple[int, int]]]

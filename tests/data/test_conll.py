@@ -60,5 +60,4 @@ def test_windows_line_ends_tabs_and_no_last_empty_line(tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(tmp_path: Path, text: str | bytes, said: str) -> None:
     file = source(tmp_path, text)
     with pytest.raises(DataError, match=said):
-        column_names(file)
-        list(read_tables(file, ["1"], 10))
+        [column_names(file), *read_tables(file, ["1"], 10)]
