@@ -29,7 +29,8 @@ def test_overrides_and_types() -> None:
 
 
 def test_label_keys_compare_as_text_and_keep_their_order() -> None:
-    settings = load_settings(REVIEWS, ["--data.labels", "{2.0: good, 1: bad, '3': good}"])
+    words = ["--data.labels", "{2.0: good, 1: bad, '3': good}", "--data.undersample", "{}"]
+    settings = load_settings(REVIEWS, words)
     assert settings.data.label_map == {"2": "good", "1": "bad", "3": "good"}
     assert settings.data.label_names == ["good", "bad"]
 
