@@ -92,6 +92,9 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
         dist.barrier()
     engine = zero.initialize(model, settings.training, universal)
     zero.load(engine, source)
+    if universal:
+        dist.barrier()
+        shutil.rmtree(source, ignore_errors=True)
     # The same number of workers gets its random states back (Loop); others start new ones.
     torch.manual_seed(int(np.random.SeedSequence([seed, rank, state.step]).generate_state(1)[0]))
     return engine
