@@ -242,13 +242,14 @@ def _upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
         # The part that fitted is of no use, and the disk may be needed to write down how the run ended.
         with suppress(OSError):
             place.storage_filesystem.delete_dir(place.build_checkpoint_path_from_name(name))
-        raise no_space(place.experiment_fs_path, place.experiment_dir_name) from error
+        raise no_space(place.experiment_fs_path) from error
 
 
-def no_space(place: str, run_id: str) -> StorageError:
+def no_space(folder: str) -> StorageError:
+    """One line for a run folder whose disk is full."""
     return StorageError(
-        f"no space left for a checkpoint at {place}; the earlier ones are whole: free some space, then go on "
-        f"with --training.resume {run_id}"
+        f"no space left for a checkpoint at {folder}; the earlier ones are whole: free some space, then go on "
+        f"with --training.resume {folder.rsplit('/', 1)[-1]}"
     )
 
 
@@ -269,19 +270,25 @@ def _is_full(error: BaseException | None) -> bool:
 
 def full_disk(error: BaseException, run: RunRef) -> StorageError | None:
     """One line for a run that Ray Train ended because its record could not be written."""
-    return no_space(run_folder(run), run.id) if _is_full(error) else None
+    return no_space(run_folder(run)) if _is_full(error) else None
 
 
-class Keeper(UserCallback):  # type: ignore[misc]
+class Keeper(UserCallback):
     """In Ray Train's controller: keeps the record's copy, and ends a run that a retry cannot help."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
     def after_report(self, run_context: Any, metrics: Any, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is not None:
-            record = storage.read_bytes(storage.join(self.folder, RECORD))
+        if checkpoint is None:
+            return
+        record = storage.read_bytes(storage.join(self.folder, RECORD))
+        try:
             storage.write_bytes(storage.join(self.folder, RECORD_COPY), record)
+        except StorageError as error:
+            if _is_full(error):
+                raise no_space(self.folder) from error
+            raise
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         # What a user can mend (a full disk, a loss that is not finite) would only happen again.

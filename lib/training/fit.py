@@ -86,14 +86,15 @@ def explain(error: TrainingFailedError, settings: Settings, run: RunRef) -> Exce
 def check_resources(settings: Settings) -> None:
     """More workers than the cluster has slots would wait for ever without a word."""
     training, total = settings.training, ray.cluster_resources()
-    workers = training.least_workers
+    workers, fixed = training.least_workers, isinstance(training.workers, int)
     for kind, each in (("CPU", training.cpus_per_worker), ("GPU", training.gpus_per_worker)):
-        # One slot beside the workers: the reads that feed them must find a place.
-        needed = workers * each + (1 if kind == "CPU" else 0)
+        # One slot beside the workers: the reads that feed them must find a place (windows.Dealer).
+        reads = kind == "CPU" and fixed
+        needed = workers * each + reads
         if each and needed > total.get(kind, 0):
             raise ResourceError(
                 f"training.workers {workers} need {needed:g} {kind} slots ({each:g} each"
-                f"{', one more to read data' if kind == 'CPU' else ''}) and the cluster has "
+                f"{', one more to read data' if reads else ''}) and the cluster has "
                 f"{total.get(kind, 0):g}; lower training.workers or start a larger cluster"
             )
 

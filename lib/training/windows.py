@@ -113,7 +113,7 @@ def read_rows(shards: Sequence[Shard], start: int, stop: int, columns: list[str]
     return pa.concat_tables(parts).combine_chunks()
 
 
-class Windows(Datasource):  # type: ignore[misc]
+class Windows(Datasource):
     """Ray Data's view of the rounds: one read task, and so one block, for each window, in order."""
 
     def __init__(self, shards: list[Shard], coming: list[Round], world: int, columns: list[str]) -> None:
@@ -146,7 +146,7 @@ def _read_block(shards: list[Shard], start: int, stop: int, columns: list[str]) 
     return [read_rows(shards, start, stop, columns)]
 
 
-class Dealer(DataConfig):  # type: ignore[misc]
+class Dealer(DataConfig):
     """Tells Ray Train how to deal the training split to its workers.
 
     Which window comes first depends on the latest checkpoint, and how many windows make a round on the

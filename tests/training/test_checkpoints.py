@@ -104,12 +104,12 @@ def test_what_a_user_can_mend_is_not_tried_again() -> None:
     keeper = checkpoints.Keeper("file:///nowhere")
     keeper.after_exception(None, {0: RuntimeError("connection closed by peer")})
     with pytest.raises(StorageError, match="no space"):
-        keeper.after_exception(None, {0: RuntimeError("peer"), 1: checkpoints.no_space("/data", "abc")})
+        keeper.after_exception(None, {0: RuntimeError("peer"), 1: checkpoints.no_space("/data/abc")})
 
 
 def test_the_one_line_is_found_in_what_ray_train_raises() -> None:
     from ray.train.v2.api.exceptions import ControllerError
 
-    line = checkpoints.no_space("/data", "abc")
+    line = checkpoints.no_space("/data/abc")
     assert unwrap(ControllerError(line)) is line
     assert str(line).endswith("go on with --training.resume abc")
