@@ -1,9 +1,15 @@
 """Fine-tune a base model on a dataset: Ray Train workers, each with a DeepSpeed engine.
 
     python -m jobs.finetune --config jobs/configs/reviews.yaml [--training.epochs 2 ...]
+    python -m jobs.finetune --config jobs/configs/reviews.yaml --training.resume RUN_ID
 
 Reads the dataset that `jobs.preprocess` made of the same configuration, writes a run (curves, parameters,
 environment) to the tracking database and the best checkpoint, as a model directory, to storage.
+
+A worker or a node that is lost does not end a run: it goes on from its latest checkpoint, up to
+`training.max_failures` times. After the driver itself was ended, `--training.resume RUN_ID` goes on with
+the same run, and `--training.resume auto` with the latest unfinished one of this configuration (a new one
+when there is none). Only where it is computed may change in between, such as `training.workers`.
 """
 
 from __future__ import annotations
@@ -15,25 +21,29 @@ from lib import tracking
 from lib.command import connect, main
 from lib.data.plan import plan
 from lib.settings import Settings
+from lib.training import resume
 
 
 def finetune(settings: Settings) -> None:
-    dataset = plan(settings).ref
+    training, dataset = settings.training, plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
+    resumed = resume.find(settings, dataset)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
     from lib.training import curves
     from lib.training.fit import fit
 
-    with tracking.start_run("finetune", settings) as run:
+    opened = tracking.resume_run(resumed, settings) if resumed else tracking.start_run("finetune", settings)
+    with opened as run:
         run.tag(dataset=dataset.fingerprint)
-        print(f"run {run.ref.id}: {settings.training.workers} workers, ZeRO-{settings.training.zero_stage}")
+        workers = " to ".join(map(str, sorted({training.least_workers, training.most_workers})))
+        print(f"run {run.ref.id}: {workers} workers, ZeRO-{training.zero_stage}", flush=True)
         result = fit(settings, dataset, run)
         summary = result.summary
         run.log_dict(summary, "training.json")
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "curves.png"
-            curves.draw(summary, settings.training.metric, picture)
+            curves.draw(summary, training.metric, picture)
             run.log_file(picture)
         run.log_metrics({f"memory/worker_{i}_peak_gib": m for i, m in enumerate(summary["peak_memory_gib"])})
         run.log_metrics({f"best/{k}": v for k, v in summary["best"].items()})

@@ -81,8 +81,8 @@ def unwrap(error: BaseException) -> WhorlError | None:
     """The WhorlError inside `error`, or None.
 
     Ray carries a worker's exception home inside its own (`RayTaskError.cause`, Ray Data's
-    `UserCodeException.__cause__`, Ray Train's `WorkerGroupError.worker_failures`), so the
-    chain is walked without importing ray.
+    `UserCodeException.__cause__`, Ray Train's `WorkerGroupError.worker_failures` and
+    `ControllerError.controller_failure`), so the chain is walked without importing ray.
     """
     queue: list[BaseException] = [error]
     seen: set[int] = set()
@@ -98,7 +98,8 @@ def unwrap(error: BaseException) -> WhorlError | None:
             if not hasattr(current, "cause"):
                 return current
             found = found or current
-        inner = [getattr(current, "cause", None), current.__cause__, current.__context__]
+        carried = [getattr(current, name, None) for name in ("cause", "controller_failure")]
+        inner = [*carried, current.__cause__, current.__context__]
         failures = getattr(current, "worker_failures", None)
         if isinstance(failures, dict):
             inner.extend(failures.values())

@@ -186,7 +186,8 @@ class ModelSettings(Section):
 class TrainingSettings(Section):
     """From a dataset to a model (`jobs.finetune`): Ray Train workers, each with a DeepSpeed engine."""
 
-    workers: Positive = 2
+    workers: Positive | tuple[Positive, Positive] = 2
+    """A number, or `[least, most]`: as many as the cluster has room for, changing with it."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -220,7 +221,31 @@ class TrainingSettings(Section):
     shuffle_rows: Positive = 4096
     """Rows one worker holds while it shuffles and forms batches of like lengths."""
     log_every: Positive = 10
+    checkpoint_every: Literal["validation"] | Positive = "validation"
+    """Save what training can go on from at each validation, or every N optimiser steps. The best so far
+    and the end are always saved."""
+    keep_checkpoints: Positive = 1
+    """How many of the best checkpoints are kept; the latest is kept besides."""
+    max_failures: Annotated[int, Field(ge=-1)] = 3
+    """How often a run goes on by itself, from its latest checkpoint, after a worker or a node failed; -1 is no limit."""
+    resume: str | None = None
+    """Id of a run to go on with, or `auto`: the latest unfinished run of this configuration, else a new one."""
     seed: int = 0
+
+    @field_validator("workers")
+    @classmethod
+    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"[least, most] must rise, not fall from {value[0]} to {value[1]}")
+        return value
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class EvaluationSettings(Section):
@@ -370,7 +395,9 @@ def describe(error: ValidationError) -> str:
 def _describe_one(finding: Any) -> str:
     # Members of a union appear in the path (`labels.list[str].0`); a user knows only keys.
     path = [
-        str(p) for p in finding["loc"] if not str(p).startswith(("dict[", "list[", "literal[", "constrained"))
+        str(p)
+        for p in finding["loc"]
+        if not str(p).startswith(("dict[", "list[", "tuple[", "literal[", "constrained"))
     ]
     path = [p for p in path if p not in ("str", "int", "float")]
     key = ".".join(path)

@@ -12,15 +12,17 @@ import json
 import logging
 import os
 import platform
+import socket
 import subprocess
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import yaml
 
 from lib import storage
@@ -131,6 +133,31 @@ class Run:
     def tags(self) -> dict[str, str]:
         return dict(self.client.get_run(self.ref.id).data.tags)
 
+    def last_step(self, metric: str) -> int:
+        """The highest step at which a metric was logged; -1 when it never was."""
+        return max((m.step for m in self.client.get_metric_history(self.ref.id, metric)), default=-1)
+
+    def status(self) -> str:
+        """`RUNNING`, `FINISHED`, `FAILED` or `KILLED`; a driver that was killed leaves it at `RUNNING`."""
+        return str(self.client.get_run(self.ref.id).info.status)
+
+    def settings(self) -> Settings:
+        """The configuration that the run was started with.
+
+        Raises StorageError when it is gone, ValueError when this version of Whorl does not know its keys.
+        """
+        text = storage.read_bytes(storage.join(self.artifacts_uri(), "config.yaml"))
+        return Settings.model_validate(yaml.safe_load(text))
+
+    def driver_is_alive(self) -> bool:
+        """Whether the process that drives the run still runs. Only seen from the machine that it runs on."""
+        host, pid, started = self.tags().get("driver", ":0:0").rsplit(":", 2)
+        if host == socket.gethostname():
+            with suppress(psutil.NoSuchProcess):
+                # A start is told from the time of boot, which the clock's adjustments move a little.
+                return abs(psutil.Process(int(pid)).create_time() - float(started)) < 2
+        return False
+
     def artifacts_uri(self) -> str:
         """Where `log_file` and `log_dict` put things, config.yaml and environment.json among them."""
         return str(self.client.get_run(self.ref.id).info.artifact_uri)
@@ -148,7 +175,7 @@ def start_run(kind: str, settings: Settings) -> Iterator[Run]:
     tags = {"kind": kind, "name": settings.name, "task": settings.task, "status": "running"}
     if pipeline := os.environ.get("WHORL_PIPELINE"):
         tags["pipeline"] = pipeline
-    tags["git_commit"] = git_commit()
+    tags |= {"git_commit": git_commit(), "driver": _driver()}
     created = db.create_run(experiment, tags=tags, run_name=f"{kind}-{settings.name}")
     run = Run(RunRef(created.info.run_id, settings.name), db)
     params = {k: str(v)[:6000] for k, v in _flatten(settings.model_dump(mode="json")).items()}
@@ -157,15 +184,48 @@ def start_run(kind: str, settings: Settings) -> Iterator[Run]:
     db.log_batch(run.ref.id, params=[Param(k, v) for k, v in params.items()])
     db.log_text(run.ref.id, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False), "config.yaml")
     db.log_text(run.ref.id, json.dumps(environment(), indent=2), "environment.json")
-    try:
+    with _ending(run):
         yield run
+
+
+@contextmanager
+def resume_run(run: Run, settings: Settings) -> Iterator[Run]:
+    """Open a run again that did not finish; it ends as one of `start_run` does.
+
+    Its parameters and curves stay; the configuration and the environment that it goes on with are written
+    beside the first ones.
+    """
+    tags = run.tags()
+    times = int(tags.get("resumed", 0)) + 1
+    run.client.update_run(run.ref.id, status="RUNNING")
+    run.tag(resumed=str(times), driver=_driver(), git_commit=git_commit())
+    if pipeline := os.environ.get("WHORL_PIPELINE"):
+        run.tag(pipeline=pipeline)
+    if "error" in tags:
+        run.client.delete_tag(run.ref.id, "error")
+    values = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
+    run.client.log_text(run.ref.id, values, f"resumed-{times}/config.yaml")
+    run.client.log_text(run.ref.id, json.dumps(environment(), indent=2), f"resumed-{times}/environment.json")
+    with _ending(run):
+        yield run
+
+
+@contextmanager
+def _ending(run: Run) -> Iterator[None]:
+    try:
+        yield
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         if isinstance(error, WhorlError):
             run.tag(error=str(error)[:4000])
-        db.set_terminated(run.ref.id, status=status)
+        run.client.set_terminated(run.ref.id, status=status)
         raise
-    db.set_terminated(run.ref.id, status="FINISHED")
+    run.client.set_terminated(run.ref.id, status="FINISHED")
+
+
+def _driver() -> str:
+    """This process by a name that no later one has."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
 
 
 def attach(ref: RunRef) -> Run:
@@ -205,6 +265,17 @@ def find_run(settings: Settings, kind: str, run_id: str | None = None, tag: str 
             f" run python -m jobs.{'evaluate' if tag == 'evaluated' else kind} first"
         )
     return Run(RunRef(runs[0].info.run_id, settings.name), db)
+
+
+def unfinished_runs(settings: Settings, kind: str) -> list[Run]:
+    """Runs of this kind and name that failed, were killed, or still run; the latest first."""
+    db = client()
+    experiment = db.get_experiment_by_name(settings.name)
+    if experiment is None:
+        return []
+    where = f"tags.kind = '{kind}' and attributes.status != 'FINISHED'"
+    found = db.search_runs([experiment.experiment_id], where, order_by=["attributes.start_time DESC"])
+    return [Run(RunRef(run.info.run_id, settings.name), db) for run in found]
 
 
 def database_url_shown() -> str:

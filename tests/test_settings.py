@@ -28,6 +28,12 @@ def test_overrides_and_types() -> None:
     assert settings.data.limit == 50
 
 
+def test_workers_are_a_number_or_least_and_most() -> None:
+    for given, least, most in (("3", 3, 3), ("[1, 4]", 1, 4)):
+        training = load_settings(REVIEWS, ["--training.workers", given]).training
+        assert (training.least_workers, training.most_workers) == (least, most)
+
+
 def test_label_keys_compare_as_text_and_keep_their_order() -> None:
     words = ["--data.labels", "{2.0: good, 1: bad, '3': good}", "--data.undersample", "{}"]
     settings = load_settings(REVIEWS, words)
@@ -56,6 +62,9 @@ def test_label_keys_compare_as_text_and_keep_their_order() -> None:
         (["--data.slices", "{text: Title}"], "slice name 'text' is the name of a dataset column"),
         (["--training.class_weights", "{negativ: 2}"], "no label 'negativ'; did you mean 'negative'?"),
         (["--serving.min_replicas", "9"], "min_replicas 9 is above max_replicas"),
+        (["--training.workers", "[4, 2]"], "training.workers: [least, most] must rise, not fall from 4 to 2"),
+        (["--training.checkpoint_every", "0"], "training.checkpoint_every: "),
+        (["--training.max_failures", "-2"], "training.max_failures: "),
         (["--name", "Bad Name"], "name: "),
         (["--data.limit"], "--data.limit needs a value"),
         (["data.limit", "3"], "unexpected argument 'data.limit'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,38 @@ def test_latest_run_and_only_the_pipelines_own(storage: Path, monkeypatch: pytes
     assert tracking.find_run(SETTINGS, "finetune", mine.ref.id).ref == mine.ref
     monkeypatch.setenv("WHORL_PIPELINE", "mine")
     assert tracking.find_run(SETTINGS, "finetune").ref == mine.ref
+
+
+def test_a_run_that_failed_is_opened_again(storage: Path) -> None:
+    with pytest.raises(DataError), tracking.start_run("finetune", SETTINGS) as run:  # noqa: PT012
+        run.log_metrics({"train/loss": 0.5}, step=3)
+        raise DataError("row 3 is bad")
+    with tracking.start_run("finetune", SETTINGS):
+        pass
+    (found,) = tracking.unfinished_runs(SETTINGS, "finetune")
+    assert found.ref == run.ref
+    assert found.settings() == SETTINGS
+    assert found.last_step("train/loss") == 3
+    assert found.last_step("validation/loss") == -1
+    with tracking.resume_run(found, SETTINGS):
+        assert found.status() == "RUNNING"
+        assert found.driver_is_alive()
+        assert "error" not in found.tags()
+    assert found.status() == "FINISHED"
+    assert found.tags()["resumed"] == "1"
+    assert {f.path for f in run.client.list_artifacts(run.ref.id, "resumed-1")} == {
+        "resumed-1/config.yaml",
+        "resumed-1/environment.json",
+    }
+
+
+def test_a_driver_that_ended_is_not_alive(storage: Path) -> None:
+    with tracking.start_run("finetune", SETTINGS) as run:
+        host, _, started = run.tags()["driver"].rsplit(":", 2)
+        run.tag(driver=f"{host}:1:{started}")  # the number now belongs to another process
+        assert not run.driver_is_alive()
+        run.tag(driver=f"elsewhere:{os.getpid()}:{started}")
+        assert not run.driver_is_alive()
 
 
 def test_unknown_run_is_one_line_without_the_password(storage: Path) -> None:

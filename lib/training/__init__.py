@@ -1,9 +1,12 @@
 """From a dataset to a model, on Ray Train workers that each run a DeepSpeed engine.
 
-fit.py       the driver's side: checks, the trainer, the export of the best checkpoint
-loop.py      a worker's side: steps, validation, early stopping, checkpoints
-batches.py   batches of like lengths, the same number on every worker
-zero.py      DeepSpeed: its configuration, the engine, consolidated weights
-dropout.py   dropout at the speed of the rest, on a CPU
-curves.py    the run's curves as a picture
+fit.py          the driver's side: checks, the trainer, the export of the best checkpoint
+resume.py       which unfinished run to go on with
+loop.py         a worker's side: steps, validation, early stopping, going on from a checkpoint
+windows.py      which rows come when, and how Ray Data deals them to the workers
+batches.py      batches of like lengths, the same number on every worker
+checkpoints.py  what a checkpoint holds, and which of them are whole
+zero.py         DeepSpeed: its configuration, the engine, its checkpoints, consolidated weights
+dropout.py      dropout at the speed of the rest, on a CPU
+curves.py       the run's curves as a picture
 """

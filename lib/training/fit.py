@@ -9,18 +9,26 @@ from typing import Any
 
 import ray
 import ray.data
-import ray.train
-from ray.train import CheckpointConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef, TaskFile
 from lib.base_models import base_directory
 from lib.command import QUIET
-from lib.errors import DataError, ResourceError
+from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
 from lib.tasks import load_task
-from lib.training import batches, loop
+from lib.training import checkpoints, loop, windows
 from lib.training.dropout import plain_attention
 
 
@@ -33,35 +41,60 @@ class Fit:
 
 
 def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
-    """Train on `dataset`, keep the best checkpoint, export it to the run's model directory.
+    """Train on `dataset`, export the best checkpoint to the run's model directory, delete the checkpoints.
 
-    Raises ResourceError when the cluster is too small, DataError for an empty dataset, ModelError for a
-    base that cannot be used; nothing is started then.
+    A run that has checkpoints goes on from the latest. Raises ResourceError when the cluster is too small,
+    DataError for an empty dataset, ModelError for a base that cannot be used; nothing is started then.
+    Raises StorageError when there is no space for a checkpoint, and ResourceError when workers were lost
+    more often than `training.max_failures`; what was committed stays, for the run to go on from.
     """
     manifest = dataset.manifest()
     base_directory(settings.model.base)
     check_resources(settings)
-    if manifest["splits"]["train"]["rows"] < settings.training.workers:
+    if manifest["splits"]["train"]["rows"] < settings.training.most_workers:
         raise DataError(
             f"dataset {dataset.name}/{dataset.fingerprint} has {manifest['splits']['train']['rows']} training "
-            f"rows for {settings.training.workers} workers; give it more rows or lower training.workers"
+            f"rows for {settings.training.most_workers} workers; give it more rows or lower training.workers"
         )
-    result = _trainer(settings, dataset, run.ref).fit()
-    export(settings, dataset, run.ref, result.checkpoint)
+    checkpoints.mend_record(checkpoints.run_folder(run.ref))
+    try:
+        result = _trainer(settings, dataset, run.ref).fit()
+    except TrainingFailedError as error:
+        raise explain(error, settings, run.ref) from error
+    if not storage.published(run.ref.model_uri):  # a driver may be killed between here and the next line
+        # From worst to best; the latest is there too and need not be the best.
+        export(settings, dataset, run.ref, result.best_checkpoints[-1][0])
     storage.remove(run.ref.checkpoints_uri)
     return Fit(run.ref.model_uri, result.return_value)
+
+
+def explain(error: TrainingFailedError, settings: Settings, run: RunRef) -> Exception:
+    """What a user can mend as one line; otherwise `error` itself."""
+    if ours := unwrap(error) or checkpoints.full_disk(error, run):
+        return ours
+    failures = error.worker_failures if isinstance(error, WorkerGroupError) else {}
+    lost = [rank for rank, failure in failures.items() if isinstance(failure, WorkerHealthCheckFailedError)]
+    if not lost:
+        return error
+    return ResourceError(
+        f"worker {', '.join(map(str, lost))} was killed or its node went, more often than training.max_failures "
+        f"{settings.training.max_failures} allows; see whether memory is short, then go on with "
+        f"--training.resume {run.id}"
+    )
 
 
 def check_resources(settings: Settings) -> None:
     """More workers than the cluster has slots would wait for ever without a word."""
     training, total = settings.training, ray.cluster_resources()
+    workers, fixed = training.least_workers, isinstance(training.workers, int)
     for kind, each in (("CPU", training.cpus_per_worker), ("GPU", training.gpus_per_worker)):
-        # One slot beside the workers: the reads that feed them must find a place.
-        needed = training.workers * each + (1 if kind == "CPU" else 0)
+        # One slot beside the workers: the reads that feed them must find a place (windows.Dealer).
+        reads = kind == "CPU" and fixed
+        needed = workers * each + reads
         if each and needed > total.get(kind, 0):
             raise ResourceError(
-                f"training.workers {training.workers} need {needed:g} {kind} slots ({each:g} each"
-                f"{', one more to read data' if kind == 'CPU' else ''}) and the cluster has "
+                f"training.workers {workers} need {needed:g} {kind} slots ({each:g} each"
+                f"{', one more to read data' if reads else ''}) and the cluster has "
                 f"{total.get(kind, 0):g}; lower training.workers or start a larger cluster"
             )
 
@@ -82,6 +115,7 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
         if name in os.environ:
             environment[name] = os.environ[name]
+    folder, elastic = checkpoints.run_folder(run), not isinstance(training.workers, int)
     ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar shows the same rows
     return TorchTrainer(
         loop.train,
@@ -89,9 +123,13 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
             "settings": settings.model_dump(mode="json"),
             "dataset": dataclasses.asdict(dataset),
             "run": dataclasses.asdict(run),
+            "checkpoints": folder,
         },
-        # Split in equal shares, which may leave out a row or two; validation reads its split whole.
-        datasets={"train": _read(dataset, training.workers)},
+        # The dealer makes the dataset when the workers are there; validation reads its split whole.
+        datasets={"train": ray.data.range(1)},
+        dataset_config=windows.Dealer(
+            dataset.shards("train"), training.epochs, training.shuffle_rows, folder, elastic
+        ),
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=on_gpu, resources_per_worker=per_worker
         ),
@@ -99,20 +137,16 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
         run_config=RunConfig(
             name=run.id,
             storage_path=run.checkpoints_uri,
-            # A checkpoint is reported only when it is the best so far, so the latest is the best.
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
+            # Ray keeps the latest besides.
+            checkpoint_config=CheckpointConfig(
+                num_to_keep=training.keep_checkpoints, checkpoint_score_attribute=checkpoints.SCORE
+            ),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            callbacks=[checkpoints.Keeper(folder)],
             worker_runtime_env={"env_vars": environment},
             # Ray would print each report and checkpoint; the loop prints what counts.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
-    )
-
-
-def _read(dataset: DatasetRef, workers: int) -> ray.data.Dataset:
-    """The training shards as a lazy Ray dataset, without the columns that training does not read."""
-    shards = dataset.shards("train")
-    return ray.data.read_parquet(
-        shards, columns=batches.columns(shards[0]), override_num_blocks=max(len(shards), workers)
     )
 
 

@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: steps, validation, early stopping, checkpoints.
+"""What each Ray Train worker runs: steps, validation, early stopping, checkpoints, going on from one.
 
 The loss of a step is the sum over all rows of all workers, divided by their weight, whatever the
 number of rows in each batch: the gradient is that of one big batch. The learning rate follows the share
@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import resource
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +34,8 @@ from lib.base_models import base_directory
 from lib.errors import ConfigError
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, load_task
-from lib.training import batches, zero
+from lib.training import batches, checkpoints, windows, zero
+from lib.training.checkpoints import Own, Position, State
 from lib.training.dropout import use_fast_dropout
 
 # Validation keeps no gradients, so its batches may be larger.
@@ -46,24 +47,61 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     settings = Settings.model_validate(config["settings"])
     # It tells of each report, under a name that RunConfig's log level does not reach.
     logging.getLogger(context.__file__).setLevel(logging.WARNING)
-    first = FirstWindow(settings.training.shuffle_rows)
-    dataset = DatasetRef(**config["dataset"])
-    torch.set_num_threads(max(1, round(settings.training.cpus_per_worker)))
-    torch.manual_seed(settings.training.seed)
-    task = load_task(settings.task)
-    model = task.build(base_directory(settings.model.base), settings)
-    if not torch.cuda.is_available():
-        use_fast_dropout(model)
-    engine = zero.initialize(model, settings.training)
-    # Ranks must not drop the same elements.
-    torch.manual_seed(settings.training.seed * 1000 + dist.get_rank())
-    run = tracking.attach(RunRef(**config["run"])) if dist.get_rank() == 0 else None
+    training = settings.training
+    dataset, ref = DatasetRef(**config["dataset"]), RunRef(**config["run"])
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.set_num_threads(max(1, round(training.cpus_per_worker)))
+    if ray.train.get_context().get_local_rank() == 0:  # what workers that were killed have left
+        shutil.rmtree(checkpoints.staging(), ignore_errors=True)
+    if rank == 0:
+        checkpoints.remove_uncommitted(config["checkpoints"])
     manifest = dataset.manifest()
-    loop = Loop(engine, task, settings, task.balance(manifest, settings), run)
-    loop.rows_in_all = settings.training.epochs * manifest["splits"]["train"]["rows"]
-    loop.first = first
+    with checkpoints.opened() as folder:
+        state = State.read(folder) if folder else State(world)
+        if rank == 0 and folder:
+            then = f", saved by {state.world} workers" if state.world != world else ""
+            print(f"goes on from the checkpoint of step {state.step}{then}", flush=True)
+        if folder:
+            state.resumed.append(state.step)
+        own = Own.share(folder, rank, world, state.world) if folder else Own()
+        coming = Coming(manifest["splits"]["train"]["rows"], training, world, state)
+        engine = start_engine(settings, state, folder, world)
+    if state.world != world:
+        state.deal_anew(world, coming.total)
+    task = load_task(settings.task)
+    run = tracking.attach(ref) if rank == 0 else None
+    loop = Loop(engine, task, settings, task.balance(manifest, settings), coming, state, own, run)
     loop.validation = dataset.shards("validation")
     return loop.run_all()
+
+
+def start_engine(settings: Settings, state: State, folder: str | None, world: int) -> Any:
+    """A DeepSpeed engine as it was when the checkpoint in `folder` was saved; a new one without."""
+    seed, rank = settings.training.seed, dist.get_rank()
+    torch.manual_seed(seed)
+    model = load_task(settings.task).build(base_directory(settings.model.base), settings)
+    if not torch.cuda.is_available():
+        use_fast_dropout(model)
+    # Ranks must not drop the same elements.
+    if folder is None:
+        engine = zero.initialize(model, settings.training)
+        torch.manual_seed(seed * 1000 + rank)
+        return engine
+    source = Path(folder)
+    universal = state.world != world and zero.is_divided(source)
+    if universal:
+        source = checkpoints.staging() / "universal"
+        if ray.train.get_context().get_local_rank() == 0:
+            zero.to_universal(Path(folder), source)
+        dist.barrier()
+    engine = zero.initialize(model, settings.training, universal)
+    zero.load(engine, source)
+    if universal:
+        dist.barrier()
+        shutil.rmtree(source, ignore_errors=True)
+    # The same number of workers gets its random states back (Loop); others start new ones.
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank, state.step]).generate_state(1)[0]))
+    return engine
 
 
 def learning_rate(training: TrainingSettings, progress: float) -> float:
@@ -78,48 +116,75 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     return training.learning_rate * max(0.0, 1 - done)
 
 
-def training_windows(rows: int) -> Iterator[pa.Table]:
-    """This worker's part of the training rows, in tables of `rows` rows."""
-    shard = ray.train.get_dataset_shard("train")
-    windows: Iterator[pa.Table] = iter(
-        shard.iter_batches(batch_size=rows, batch_format="pyarrow", prefetch_batches=1)
-    )
-    return windows
+@dataclass(frozen=True)
+class Group:
+    """The micro-batches of one optimiser step, and where the training stands after it."""
+
+    batches: list[batches.Planned]
+    epoch: int
+    ends_epoch: bool
+    ends_training: bool
+    position: Position
+    seen: float
+    """As `State.seen`."""
 
 
-class FirstWindow:
-    """The first epoch's windows, the first of them read while the model is built."""
+class Coming:
+    """The windows that this worker still has to train on, the first of them read while the model is built."""
 
-    def __init__(self, rows: int) -> None:
-        self._rest = training_windows(rows)
-        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._rest, 1)))
+    def __init__(self, total: int, training: TrainingSettings, world: int, state: State) -> None:
+        self.total, self.training, self.world = total, training, world
+        same = state.world == world
+        # Another number of workers deals the round out anew (State.deal_anew).
+        self.skip = state.position.steps if same else 0
+        self.rounds = list(
+            windows.rounds(total, training.epochs, world, training.shuffle_rows, state.position)
+        )
+        self._tables: Iterator[pa.Table] = iter(())
+        if self.rounds:
+            shard = ray.train.get_dataset_shard("train")
+            # A block is a window; with a batch size the last rows of an epoch would be joined to the next.
+            self._tables = iter(
+                shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            )
+        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._tables, 1)))
 
-    def windows(self) -> Iterator[pa.Table]:
-        yield from self._first.result()
-        yield from self._rest
+    def windows(self) -> Iterator[tuple[windows.Round, pa.Table]]:
+        tables = itertools.chain(self._first.result(), self._tables)
+        for coming, table in zip(self.rounds, tables, strict=True):
+            if table.num_rows != coming.rows:
+                raise RuntimeError(f"Ray Data dealt {table.num_rows} rows for {coming}")
+            yield coming, table
+
+    def group(self, of: windows.Round, planned: list[batches.Planned], index: int) -> Group:
+        """The `index`-th optimiser step of a round."""
+        size = self.training.accumulation
+        count = -(-len(planned) // size)
+        ends_round = index == count - 1
+        trained = of.start + of.rows * self.world * (index + 1) / count
+        return Group(
+            batches=planned[index * size : (index + 1) * size],
+            epoch=of.epoch,
+            ends_epoch=ends_round and of.ends_epoch,
+            ends_training=ends_round and of == self.rounds[-1],
+            position=of.after(self.world) if ends_round else Position(of.epoch, of.start, index + 1),
+            seen=of.epoch * self.total + (self.total if ends_round and of.ends_epoch else trained),
+        )
 
 
 @dataclass
 class Loop:
-    """One worker's state while it trains. `run` is the tracked run on rank 0, None on the others."""
+    """One worker while it trains. `run` is the tracked run on rank 0, None on the others."""
 
     engine: Any
     task: Task
     settings: Settings
     balance: dict[str, float]
+    coming: Coming
+    state: State
+    own: Own
     run: tracking.Run | None
-    rows_in_all: int = 1
     validation: list[str] = field(default_factory=list)
-    first: FirstWindow | None = None
-    step: int = 0
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    shown: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    bad: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    validations: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.training = self.settings.training
@@ -127,149 +192,145 @@ class Loop:
         self.device = self.engine.device
         model = self.engine.module
         self.pad = int(getattr(model.config, "pad_token_id", None) or 0)
-        self.bar: Any = None
+        self.rows_in_all = self.training.epochs * self.coming.total
+        self.logged = Logged(self.run, self.rows_in_all, self.state)
+        if self.own.random:
+            checkpoints.set_random_state(self.own.random)
 
     def run_all(self) -> dict[str, Any]:
-        if self.rank == 0:
-            self.bar = tqdm_ray.tqdm(total=self.rows_in_all, desc="training", unit="rows")
-        stop = False
-        for epoch in range(self.training.epochs):
-            stop = self._epoch(epoch)
-            if stop:
+        began = time.perf_counter()
+        for group in self._groups():
+            self._step(group)
+            step, epoch_ends = self.state.step, group.ends_epoch
+            last = group.ends_training or step == self.training.max_steps
+            validates = last or self._is_due(self.training.validate_every, step, epoch_ends)
+            if last or epoch_ends or step % self.training.log_every == 0:
+                self.state.seconds += time.perf_counter() - began
+                self._log()
+                began = time.perf_counter()
+            saves = self._is_due(self.training.checkpoint_every, step, validates)
+            if validates or saves:
+                self.state.seconds += time.perf_counter() - began
+                better = validates and self._validate(group.epoch)
+                last = last or self._is_stopped()
+                if saves or better or last:
+                    self._save(better)
+                elif validates:
+                    checkpoints.report(self.state.validations[-1])
+                began = time.perf_counter()
+            if last:
                 break
-        if self.rank == 0:
-            self.bar.close()
+        self.logged.close()
         return self.summary()
 
-    def _epoch(self, epoch: int) -> bool:
-        """One pass over the data; True when training is over."""
-        every = self.training.validate_every
-        began = time.perf_counter()
-        losses: list[tuple[float, float]] = []
-        for group in self._groups(epoch):
-            losses.append(self._step(group))
-            limit = self.training.max_steps
-            last = limit is not None and self.step >= limit
-            if self.step % self.training.log_every == 0 or last:
-                self.seconds += time.perf_counter() - began
-                self._log(losses, epoch)
-                began, losses = time.perf_counter(), []
-            due = every != "epoch" and self.step % every == 0
-            if due or last:
-                self.seconds += time.perf_counter() - began
-                if self._validate(epoch) or last:
-                    return True
-                began = time.perf_counter()
-        self.seconds += time.perf_counter() - began
-        if losses:
-            self._log(losses, epoch)
-        if every == "epoch":
-            return self._validate(epoch)
-        measured = bool(self.validations) and self.validations[-1]["step"] == self.step
-        return epoch == self.training.epochs - 1 and not measured and self._validate(epoch)
+    @staticmethod
+    def _is_due(every: str | int, step: int, event: bool) -> bool:
+        """Whether what happens every so many steps, or else with an event, happens after this step."""
+        return step % every == 0 if isinstance(every, int) else event
 
-    def _groups(self, epoch: int) -> Iterator[list[batches.Planned]]:
-        """The micro-batches of one optimiser step after another."""
-        random = np.random.default_rng([self.training.seed, epoch])
-        first, self.first = self.first, None
-        windows = first.windows() if first else training_windows(self.training.shuffle_rows)
-        for window in windows:
+    def _is_stopped(self) -> bool:
+        patience = self.training.patience
+        return patience is not None and self.state.bad >= patience
+
+    def _groups(self) -> Iterator[Group]:
+        """One optimiser step after another, until the last epoch ends."""
+        if self._is_stopped() or self.state.step == self.training.max_steps:
+            return
+        skip = self.coming.skip
+        for of, window in self.coming.windows():
             planned = batches.plan_window(
                 window,
                 self.training.tokens_per_batch,
-                random,
+                np.random.default_rng([self.training.seed, of.epoch, of.start]),
                 lambda rows: self.task.weight(rows, self.settings, self.balance),
                 self._largest,
                 self._sum,
             )
-            for start in range(0, len(planned), self.training.accumulation):
-                yield planned[start : start + self.training.accumulation]
+            for index in range(skip, -(-len(planned) // self.training.accumulation)):
+                yield self.coming.group(of, planned, index)
+            skip = 0
 
-    def _step(self, group: list[batches.Planned]) -> tuple[float, float]:
-        """One optimiser step; this worker's summed loss and the weight of all workers' rows."""
+    def _step(self, group: Group) -> None:
+        """One optimiser step."""
         self.engine.train()
         self._set_learning_rate()
-        weight = max(sum(p.weight for p in group), 1e-12)
+        weight = max(sum(p.weight for p in group.batches), 1e-12)
         summed = 0.0
-        for planned in group:
+        for planned in group.batches:
             batch = self._to_device(self.task.collate(planned.rows, self.pad))
             loss, _ = self.task.loss(self.engine, batch, self.settings, self.balance)
             # DeepSpeed averages over workers; the loss is one sum over all of them.
             self.engine.backward(loss * (self.world / weight), scale_wrt_gas=False)
             summed += float(loss.detach())
-            self.rows += planned.rows.num_rows
-            self.tokens += int(np.sum(planned.rows["length"].to_numpy()))
+            self.own.rows += planned.rows.num_rows
+            self.own.tokens += int(np.sum(planned.rows["length"].to_numpy()))
         self.engine.step()
-        self.step += 1
-        return summed, weight
+        self.own.losses.append((summed, weight))
+        self.state.step += 1
+        self.state.position, self.state.seen = group.position, group.seen
 
     def _set_learning_rate(self) -> None:
-        progress = min(self.rows * self.world / self.rows_in_all, 1.0)
+        progress = min(self.state.seen / self.rows_in_all, 1.0)
         if self.training.max_steps:
-            progress = max(progress, self.step / self.training.max_steps)
+            progress = max(progress, self.state.step / self.training.max_steps)
         rate = learning_rate(self.training, progress)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
 
-    def _log(self, losses: list[tuple[float, float]], epoch: int) -> None:
-        total = self._sum(np.array([sum(s for s, _ in losses), self.tokens, self.rows]))
+    def _log(self) -> None:
+        """Add the mean loss since the last record, and what goes with it, to the history."""
+        losses = self.own.losses
+        total = self._sum(np.array([sum(s for s, _ in losses), self.own.tokens]))
         loss = float(total[0]) / max(sum(w for _, w in losses), 1e-12)
+        step = self.state.step
         if not math.isfinite(loss):
             raise ConfigError(
-                f"the loss became {loss} at step {self.step}; lower training.learning_rate "
+                f"the loss became {loss} at step {step}; lower training.learning_rate "
                 f"(now {self.training.learning_rate:g}) or set training.precision fp32"
             )
         norm = self.engine.get_global_grad_norm()
         record = {
-            "step": self.step,
-            "epoch": epoch + self.rows * self.world / self.rows_in_all * self.training.epochs % 1,
+            "step": step,
+            "epoch": self.state.seen / self.coming.total,
             "loss": loss,
             "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
             "gradient_norm": float(norm) if norm is not None else 0.0,
-            "tokens_per_second": float(total[1]) / max(self.seconds, 1e-9),
+            "tokens_per_second": float(total[1]) / max(self.state.seconds, 1e-9),
             "memory_gib": peak_memory_gib(),
         }
-        self.history.append(record)
-        if self.rank == 0 and self.run is not None:
-            values = {f"train/{k}": v for k, v in record.items() if k != "step"}
-            self.run.log_metrics(values, self.step)
-            self.bar.set_description(f"training, loss {loss:.3f}")
-            self.bar.update(int(total[2]) - self.shown)
-            self.shown = int(total[2])
+        self.own.losses = []
+        self.state.history.append(record)
+        self.logged.training(record, self.state.seen)
 
     def _validate(self, epoch: int) -> bool:
-        """Measure on the validation split, keep the engine if it is the best; True to stop early."""
+        """Measure on the validation split; True when nothing before was better."""
         metrics = self._measure() if self.validation else {}
         name = self.training.metric
         if metrics and name not in metrics:
             raise ConfigError(
                 f"training.metric {name!r} is not measured (known: {', '.join(sorted(metrics))})"
             )
-        record = {"step": self.step, "epoch": epoch + 1, **metrics}
-        self.validations.append(record)
+        record = {"step": self.state.step, "epoch": epoch + 1, **metrics}
+        self.state.validations.append(record)
         better = self._is_better(metrics)
-        self.bad = 0 if better else self.bad + 1
-        if self.rank == 0 and self.run is not None:
-            self.run.log_metrics({f"validation/{k}": v for k, v in metrics.items()}, self.step)
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-            print(
-                f"validation after step {self.step}: {shown}{'  (best so far)' if better else ''}", flush=True
-            )
+        self.state.bad = 0 if better else self.state.bad + 1
         if better:
-            self.best = record
-            with tempfile.TemporaryDirectory(prefix="whorl-checkpoint-") as folder:
-                zero.save(self.engine, folder, {"step": self.step})
-                ray.train.report(record, checkpoint=Checkpoint.from_directory(folder))
-        else:
-            ray.train.report(record)
-        patience = self.training.patience
-        return patience is not None and self.bad >= patience
+            self.state.best = record
+        self.logged.validation(self.state.step, metrics, better)
+        return better
 
     def _is_better(self, metrics: dict[str, float]) -> bool:
-        if not metrics or not self.best:
+        best = self.state.best
+        if not metrics or not best:
             return True
-        gain = metrics[self.training.metric] - self.best[self.training.metric]
+        gain = metrics[self.training.metric] - best[self.training.metric]
         return (-gain if self.training.metric == "loss" else gain) > self.training.min_delta
+
+    def _save(self, best: bool) -> None:
+        self.own.random = checkpoints.random_state()
+        measured = self.state.validations[-1] if self.state.validations else {}
+        metrics = {**measured, "step": self.state.step, checkpoints.SCORE: self.state.step if best else 0}
+        checkpoints.save(self.engine, self.state, self.own, self.rank, metrics)
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -300,18 +361,19 @@ class Loop:
         """Totals over all workers; seconds are this worker's, without start-up and validation."""
         memory: list[Any] = [None] * self.world
         dist.all_gather_object(memory, peak_memory_gib())
-        total = self._sum(np.array([self.rows, self.tokens], np.float64))
+        total = self._sum(np.array([self.own.rows, self.own.tokens], np.float64))
         return {
-            "steps": self.step,
+            "steps": self.state.step,
             "rows": int(total[0]),
             "tokens": int(total[1]),
-            "seconds": self.seconds,
-            "best": self.best,
-            "stopped_early": self.training.patience is not None and self.bad >= self.training.patience,
+            "seconds": self.state.seconds,
+            "best": self.state.best,
+            "stopped_early": self._is_stopped(),
+            "resumed": self.state.resumed,
             "peak_memory_gib": memory,
             "precision": zero.precision(self.training),
-            "history": self.history,
-            "validations": self.validations,
+            "history": self.state.history,
+            "validations": self.state.validations,
         }
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -326,6 +388,45 @@ class Loop:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
+
+
+class Logged:
+    """The run's curves and the progress bar, on rank 0; on the others it does nothing.
+
+    Steps that were logged before a worker or the driver was killed are trained again, and give the same
+    figures: they are not logged again, so that a curve has one value for each step.
+    """
+
+    def __init__(self, run: tracking.Run | None, rows: int, state: State) -> None:
+        self.run = run
+        if run is None:
+            return
+        self.until = {kind: run.last_step(f"{kind}/loss") for kind in ("train", "validation")}
+        self.bar = tqdm_ray.tqdm(total=rows, desc="training", unit="rows")
+        self.shown = int(state.seen)
+        self.bar.update(self.shown)
+
+    def training(self, record: dict[str, float], seen: float) -> None:
+        if self.run is None:
+            return
+        if record["step"] > self.until["train"]:
+            values = {f"train/{k}": v for k, v in record.items() if k != "step"}
+            self.run.log_metrics(values, int(record["step"]))
+        self.bar.set_description(f"training, loss {record['loss']:.3f}")
+        self.bar.update(int(seen) - self.shown)
+        self.shown = int(seen)
+
+    def validation(self, step: int, metrics: dict[str, float], better: bool) -> None:
+        if self.run is None:
+            return
+        if step > self.until["validation"]:
+            self.run.log_metrics({f"validation/{k}": v for k, v in metrics.items()}, step)
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+        print(f"validation after step {step}: {shown}{'  (best so far)' if better else ''}", flush=True)
+
+    def close(self) -> None:
+        if self.run is not None:
+            self.bar.close()
 
 
 def peak_memory_gib() -> float:

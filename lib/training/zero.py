@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,7 @@ from torch import nn
 
 from lib import tracking
 from lib.settings import TrainingSettings
-
-TAG = "engine"
+from lib.training.checkpoints import ENGINE
 
 
 def precision(training: TrainingSettings) -> str:
@@ -23,8 +25,11 @@ def precision(training: TrainingSettings) -> str:
     return "bf16" if tracking.machine()["bf16"] else "fp32"
 
 
-def config(training: TrainingSettings, parameters: int) -> dict[str, Any]:
-    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/) for a model of that size."""
+def config(training: TrainingSettings, parameters: int, universal: bool = False) -> dict[str, Any]:
+    """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/) for a model of that size.
+
+    `universal`: the checkpoint that will be loaded is one of `to_universal`.
+    """
     number = precision(training)
     # Buffers of a bucket's size are allocated whole: no larger than what is ever in them,
     # and a multiple of the alignment that DeepSpeed asks for.
@@ -47,10 +52,11 @@ def config(training: TrainingSettings, parameters: int) -> dict[str, Any]:
         # torch's fused AdamW is ours to choose: DeepSpeed would compile one of its own first.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
+        "checkpoint": {"load_universal": universal},
     }
 
 
-def initialize(model: nn.Module, training: TrainingSettings) -> Any:
+def initialize(model: nn.Module, training: TrainingSettings, universal: bool = False) -> Any:
     """A DeepSpeed engine around `model`, on the process group that Ray Train has made."""
     import deepspeed
 
@@ -67,15 +73,51 @@ def initialize(model: nn.Module, training: TrainingSettings) -> Any:
         lr=training.learning_rate,
         fused=True,
     )
+    parameters = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=config(training, sum(p.numel() for p in model.parameters()))
+        model=model, optimizer=optimizer, config=config(training, parameters, universal)
     )
     return engine
 
 
-def save(engine: Any, folder: str, state: dict[str, Any]) -> None:
-    """Every worker writes its part of the engine into its own local `folder`; Ray Train joins them."""
-    engine.save_checkpoint(folder, tag=TAG, client_state=state)
+def load(engine: Any, folder: Path) -> None:
+    """Weights, optimiser and fp32 masters from a folder that holds the parts of all workers.
+
+    Collective. The folder's `engine` comes from as many workers as there are, or from `to_universal`.
+    """
+    groups = engine.optimizer.param_groups
+    decay = [group["weight_decay"] for group in groups]
+    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+    if path is None:
+        raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+    # From a universal checkpoint ZeRO-3 gives every group what the first one had.
+    for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
+        group["weight_decay"] = own
+
+
+def is_divided(folder: Path) -> bool:
+    """Whether the workers hold different parts, so that another number of them cannot load it as it is."""
+    return any((folder / ENGINE).glob("*optim_states.pt"))
+
+
+def to_universal(folder: Path, destination: Path) -> None:
+    """Rewrite a checkpoint by parameters instead of by workers, for any number of workers to load.
+
+    DeepSpeed's universal checkpoint (Lian et al. 2024, https://arxiv.org/abs/2406.18820).
+    """
+    destination.mkdir(parents=True)
+    command = [
+        sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder", str(folder / ENGINE), "--output_folder", str(destination / ENGINE),
+        "--num_extract_workers", str(min(4, os.cpu_count() or 1)),
+        "--num_merge_workers", str(min(2, os.cpu_count() or 1)),
+        # Below stage 3 it asks for a note that only Megatron's checkpoints carry.
+        "--inject_missing_state",
+    ]  # fmt: skip
+    # A program of its own: it prints much, and its pools must not fork a process that holds gloo's threads.
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"ds_to_universal failed on {folder}: {done.stderr[-2000:]}")
 
 
 def state_dict(folder: Path) -> dict[str, torch.Tensor]:
@@ -85,11 +127,11 @@ def state_dict(folder: Path) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if list((folder / TAG).glob("*optim_states.pt")):
-        whole: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=TAG)
+    if list((folder / ENGINE).glob("*optim_states.pt")):
+        whole: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=ENGINE)
     else:  # without ZeRO, and in fp32, there is one file and it is whole
         saved = torch.load(
-            folder / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+            folder / ENGINE / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
         )
         whole = saved["module"]
     return {name: tensor.float().contiguous() for name, tensor in whole.items()}

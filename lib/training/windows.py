@@ -1,0 +1,194 @@
+"""Which training rows come when: one order on every start, which can be entered anywhere.
+
+The rows of a split lie in its shards in one order. An epoch takes them in rounds: the next rows, up to
+`shuffle_rows` for each worker, are cut into as many equal windows as there are workers, and window i is
+worker i's (the last rows of an epoch that are fewer than the workers are left out). What a worker does
+inside its window (lib.training.batches) is drawn from the seed, the epoch and the round's first row. So
+the position in the data is three numbers, and a run that goes on from it meets the batches that a run
+that was never stopped meets.
+
+Ray Data reads the windows, each as one block, and its streaming split deals them out. With
+`preserve_order` it takes the blocks in the order of the read tasks and hands each to the worker that has
+the fewest rows so far, the first of them when they are level: window i of a round to worker i. All rounds
+of all epochs are one stream, since starting a Ray Data execution for each epoch would stop the workers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+from ray.train import DataConfig
+
+from lib import storage
+from lib.training import batches, checkpoints
+
+# Footers read at the same time when the stream is planned.
+FOOTER_THREADS = 16
+
+
+@dataclass(frozen=True)
+class Round:
+    """One window for each worker."""
+
+    epoch: int
+    start: int
+    """First row, counted through the shards of the split."""
+    rows: int
+    """Rows of each window."""
+    ends_epoch: bool
+
+    def after(self, world: int) -> checkpoints.Position:
+        """The position when all windows of the round are trained."""
+        if self.ends_epoch:
+            return checkpoints.Position(self.epoch + 1, 0, 0)
+        return checkpoints.Position(self.epoch, self.start + self.rows * world, 0)
+
+
+def rounds(
+    total: int, epochs: int, world: int, shuffle_rows: int, begin: checkpoints.Position
+) -> Iterator[Round]:
+    """All rounds from `begin` to the end of the last epoch, over a split of `total` rows.
+
+    The first is the one that `begin` lies in, from its first row.
+    """
+    for epoch in range(begin.epoch, epochs):
+        start = begin.start if epoch == begin.epoch else 0
+        while rows := min(shuffle_rows, (total - start) // world):
+            following = start + rows * world
+            yield Round(epoch, start, rows, ends_epoch=total - following < world)
+            start = following
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A Parquet file of the split and where its row groups begin, counted through the split."""
+
+    uri: str
+    bounds: tuple[int, ...]
+    """First row of each row group, and one past the last row."""
+
+
+def shards_of(uris: Sequence[str]) -> list[Shard]:
+    """The split's files with the rows of each, from their footers."""
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        groups = list(pool.map(_group_rows, uris))
+    found, start = [], 0
+    for uri, rows in zip(uris, groups, strict=True):
+        bounds = [start]
+        for count in rows:
+            bounds.append(bounds[-1] + count)
+        found.append(Shard(uri, tuple(bounds)))
+        start = bounds[-1]
+    return found
+
+
+def _group_rows(uri: str) -> list[int]:
+    with storage.open_file(uri) as file:
+        footer = pq.ParquetFile(file).metadata
+        return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
+
+
+def read_rows(shards: Sequence[Shard], start: int, stop: int, columns: list[str]) -> pa.Table:
+    """Rows `start` to `stop` of the split as one table; only the row groups that hold some are read."""
+    parts = []
+    for shard in shards:
+        if shard.bounds[0] >= stop or shard.bounds[-1] <= start:
+            continue
+        spans = list(zip(shard.bounds, shard.bounds[1:], strict=False))
+        wanted = [i for i, (first, end) in enumerate(spans) if first < stop and end > start]
+        with storage.open_file(shard.uri) as file:
+            table = pq.ParquetFile(file).read_row_groups(wanted, columns=columns)
+        first = spans[wanted[0]][0]
+        parts.append(table.slice(max(start - first, 0), stop - max(start, first)))
+    return pa.concat_tables(parts).combine_chunks()
+
+
+class Windows(Datasource):
+    """Ray Data's view of the rounds: one read task, and so one block, for each window, in order."""
+
+    def __init__(self, shards: list[Shard], coming: list[Round], world: int, columns: list[str]) -> None:
+        super().__init__()
+        self._tasks = [
+            _read_task(shards, r.start + i * r.rows, r.start + (i + 1) * r.rows, columns)
+            for r in coming
+            for i in range(world)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        return self._tasks
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+
+def _read_task(shards: list[Shard], start: int, stop: int, columns: list[str]) -> ReadTask:
+    held = [s for s in shards if s.bounds[0] < stop and s.bounds[-1] > start]
+    return ReadTask(
+        partial(_read_block, held, start, stop, columns),
+        BlockMetadata(num_rows=stop - start, size_bytes=None, exec_stats=None, input_files=None),
+    )
+
+
+def _read_block(shards: list[Shard], start: int, stop: int, columns: list[str]) -> list[pa.Table]:
+    return [read_rows(shards, start, stop, columns)]
+
+
+class Dealer(DataConfig):
+    """Tells Ray Train how to deal the training split to its workers.
+
+    Which window comes first depends on the latest checkpoint, and how many windows make a round on the
+    number of workers: both are known only when a group of workers starts, which may be several times in
+    a run. Ray Train asks its DataConfig at that moment.
+    """
+
+    def __init__(
+        self, uris: list[str], epochs: int, shuffle_rows: int, run_folder: str, elastic: bool = False
+    ) -> None:
+        super().__init__()
+        self.uris = uris
+        self.epochs = epochs
+        self.shuffle_rows = shuffle_rows
+        self.run_folder = run_folder
+        # Workers whose number follows the cluster may hold all its CPU slots; the reads take none then.
+        self.cpus_per_read = 0 if elastic else 1
+
+    def configure(
+        self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any
+    ) -> list[dict[str, ray.data.DataIterator]]:
+        """An iterator over its own windows for each worker, whatever Ray Train holds under the name."""
+        state = checkpoints.latest_state(self.run_folder)
+        begin = state.position if state else checkpoints.Position()
+        shards = shards_of(self.uris)
+        coming = list(rounds(shards[-1].bounds[-1], self.epochs, world_size, self.shuffle_rows, begin))
+        source = Windows(shards, coming, world_size, batches.columns(self.uris[0]))
+        (name,) = datasets
+        return [{name: split} for split in deal(source, world_size, self.cpus_per_read)]
+
+
+def deal(source: Windows, world: int, cpus_per_read: int = 1) -> list[ray.data.DataIterator]:
+    """Iterators, one for each worker, whose blocks are that worker's windows in order."""
+    dataset = ray.data.read_datasource(
+        source,
+        num_cpus=cpus_per_read,
+        concurrency=None if cpus_per_read else world,
+        override_num_blocks=max(len(source), 1),
+    )
+    options = copy.deepcopy(dataset.context.execution_options)
+    options.preserve_order = True
+    dataset.context.execution_options = options
+    dataset.context.target_max_block_size = None  # else a window of wide rows would become two blocks
+    splits: list[ray.data.DataIterator] = dataset.streaming_split(world, equal=True)
+    return splits

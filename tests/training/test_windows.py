@@ -1,0 +1,117 @@
+"""The order of the rows: every row once, the same on every start, entered anywhere; Ray Data keeps to it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.data.datasource import ReadTask
+
+from lib import storage as files
+from lib.training.checkpoints import Position
+from lib.training.windows import Round, Windows, deal, read_rows, rounds, shards_of
+
+SIZES = st.tuples(st.integers(1, 400), st.integers(1, 3), st.integers(1, 5), st.integers(1, 90))
+
+
+def rows_of(coming: list[Round], world: int) -> list[int]:
+    return [row for r in coming for row in range(r.start, r.start + r.rows * world)]
+
+
+@given(SIZES)
+def test_an_epoch_has_every_row_once_but_fewer_than_the_workers(sizes: tuple[int, int, int, int]) -> None:
+    total, epochs, world, shuffle_rows = sizes
+    coming = list(rounds(total, epochs, world, shuffle_rows, Position()))
+    for epoch in range(epochs):
+        own = [r for r in coming if r.epoch == epoch]
+        assert rows_of(own, world) == list(range(total // world * world))
+        assert all(r.rows <= shuffle_rows for r in own)
+        assert [r.ends_epoch for r in own] == [False] * (len(own) - 1) + [True] * bool(own)
+
+
+@given(SIZES, st.integers(0, 10_000))
+def test_entered_anywhere_it_goes_on_as_it_would_have(sizes: tuple[int, int, int, int], at: int) -> None:
+    total, epochs, world, shuffle_rows = sizes
+    coming = list(rounds(total, epochs, world, shuffle_rows, Position()))
+    if not coming:
+        return
+    at %= len(coming)
+    inside = Position(coming[at].epoch, coming[at].start, steps=3)
+    assert list(rounds(total, epochs, world, shuffle_rows, inside)) == coming[at:]
+    assert list(rounds(total, epochs, world, shuffle_rows, coming[at].after(world))) == coming[at + 1 :]
+
+
+@given(SIZES, st.integers(1, 5), st.integers(0, 10_000))
+def test_another_number_of_workers_sees_the_rest_of_the_epoch(
+    sizes: tuple[int, int, int, int], other: int, at: int
+) -> None:
+    total, _, world, shuffle_rows = sizes
+    coming = list(rounds(total, 1, world, shuffle_rows, Position()))
+    if not coming:
+        return
+    begin = Position(0, coming[at % len(coming)].start)
+    rest = rows_of(list(rounds(total, 1, other, shuffle_rows, begin)), other)
+    assert rest == list(range(begin.start, begin.start + (total - begin.start) // other * other))
+
+
+def write_shards(folder: Path, sizes: list[int]) -> list[str]:
+    uris, start = [], 0
+    for i, size in enumerate(sizes):
+        table = pa.table({"length": list(range(start, start + size)), "text": ["not read"] * size})
+        pq.write_table(table, folder / f"part-{i:05d}.parquet", row_group_size=7)
+        uris.append(files.uri(folder / f"part-{i:05d}.parquet"))
+        start += size
+    return uris
+
+
+def test_rows_are_read_across_row_groups_and_files(tmp_path: Path) -> None:
+    shards = shards_of(write_shards(tmp_path, [10, 1, 23, 8]))
+    assert [s.bounds for s in shards] == [(0, 7, 10), (10, 11), (11, 18, 25, 32, 34), (34, 41, 42)]
+    for start, stop in [(0, 42), (0, 1), (6, 8), (9, 12), (10, 11), (13, 40), (33, 35), (41, 42)]:
+        table = read_rows(shards, start, stop, ["length"])
+        assert table.column_names == ["length"]
+        assert table["length"].to_pylist() == list(range(start, stop))
+
+
+class Late(Windows):
+    """Windows whose reads end in another order than they began: the first take the longest."""
+
+    def get_read_tasks(self, *arguments: object, **options: object) -> list[ReadTask]:
+        tasks = super().get_read_tasks(*arguments, **options)
+        waits = [0.5 if i % 4 == 0 else 0.0 for i in range(len(tasks))]
+        return [
+            ReadTask(partial(late, task.read_fn, wait), task.metadata)
+            for task, wait in zip(tasks, waits, strict=True)
+        ]
+
+
+def late(read: object, wait: float) -> list[pa.Table]:
+    time.sleep(wait)
+    return read()
+
+
+@pytest.mark.slow
+def test_the_streaming_split_deals_as_planned_whatever_read_is_late(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    world, shuffle_rows = 3, 5
+    shards = shards_of(write_shards(tmp_path, [31, 2, 40]))
+    for begin in (Position(), Position(1, 15, 2)):
+        coming = list(rounds(73, 3, world, shuffle_rows, begin))
+        source = Late(shards, coming, world, ["length"])
+        with ThreadPoolExecutor(world) as pool:
+            dealt = list(pool.map(blocks, deal(source, world)))
+        for rank in range(world):
+            starts = [(r.start + rank * r.rows, r.rows) for r in coming]
+            assert dealt[rank] == [list(range(start, start + rows)) for start, rows in starts]
+
+
+def blocks(shard: object) -> list[list[int]]:
+    return [b["length"].to_pylist() for b in shard.iter_batches(batch_size=None, batch_format="pyarrow")]
