@@ -6,6 +6,7 @@ what a client will get: the model's tokeniser, the serving engine, its precision
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from lib.errors import DataError, ResourceError
 from lib.evaluation import baselines
 from lib.evaluation.baselines import Baseline
 from lib.evaluation.metrics import Floats
+from lib.progress import Progress
 from lib.settings import EvaluationSettings, ServingSettings, Settings
 from lib.tasks import load_task
 
@@ -104,7 +106,6 @@ def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -
     ResourceError when the cluster is too small for the actors.
     """
     import ray
-    from ray.experimental import tqdm_ray
     from ray.util import ActorPool
 
     info = read_task(model_uri)
@@ -115,12 +116,13 @@ def score(model_uri: str, dataset: DatasetRef, split: str, settings: Settings) -
     workers = min(settings.evaluation.workers, len(parts))
     _check_resources(workers, serving)
     pool = ActorPool([actor.remote(info.task, model_uri, serving) for _ in range(workers)])
-    bar = tqdm_ray.tqdm(total=sum(part.rows for part in parts), desc=f"scoring {split}", unit="rows")
+    total = sum(part.rows for part in parts)
+    progress = Progress(total, f"scoring {split}", "rows", sys.stdout.isatty())
     answers: list[Answers] = []
     for some in pool.map_unordered(lambda scorer, part: scorer.answer.remote(part), parts):
         answers.append(some)
-        bar.update(some.rows)
-    bar.close()
+        progress.to(progress.done + some.rows)
+    progress.close()
     items = pa.concat_tables([some.items for some in answers])
     order = pc.sort_indices(items["id"])
     logits = np.concatenate([some.logits for some in answers]).astype(np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,7 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
             "dataset": dataclasses.asdict(dataset),
             "run": dataclasses.asdict(run),
             "checkpoints": folder,
+            "terminal": sys.stdout.isatty(),
         },
         # The dealer makes the dataset when the workers are there; validation reads its split whole.
         datasets={"train": ray.data.range(1)},

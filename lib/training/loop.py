@@ -24,7 +24,6 @@ import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
-from ray.experimental import tqdm_ray
 from ray.train import Checkpoint
 from ray.train.v2._internal.execution import context
 
@@ -32,6 +31,7 @@ from lib import tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.base_models import base_directory
 from lib.errors import ConfigError
+from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, load_task
 from lib.training import batches, checkpoints, windows, zero
@@ -70,8 +70,10 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         state.deal_anew(world, coming.total)
     task = load_task(settings.task)
     run = tracking.attach(ref) if rank == 0 else None
-    loop = Loop(engine, task, settings, task.balance(manifest, settings), coming, state, own, run)
-    loop.validation = dataset.shards("validation")
+    balance, validation = task.balance(manifest, settings), dataset.shards("validation")
+    loop = Loop(
+        engine, task, settings, balance, coming, state, own, run, validation, terminal=config["terminal"]
+    )
     return loop.run_all()
 
 
@@ -185,6 +187,7 @@ class Loop:
     own: Own
     run: tracking.Run | None
     validation: list[str] = field(default_factory=list)
+    terminal: bool = False
 
     def __post_init__(self) -> None:
         self.training = self.settings.training
@@ -193,7 +196,7 @@ class Loop:
         model = self.engine.module
         self.pad = int(getattr(model.config, "pad_token_id", None) or 0)
         self.rows_in_all = self.training.epochs * self.coming.total
-        self.logged = Logged(self.run, self.rows_in_all, self.state)
+        self.logged = Logged(self.run, self.rows_in_all, self.state, self.terminal)
         if self.own.random:
             checkpoints.set_random_state(self.own.random)
 
@@ -397,14 +400,12 @@ class Logged:
     figures: they are not logged again, so that a curve has one value for each step.
     """
 
-    def __init__(self, run: tracking.Run | None, rows: int, state: State) -> None:
+    def __init__(self, run: tracking.Run | None, rows: int, state: State, terminal: bool) -> None:
         self.run = run
         if run is None:
             return
         self.until = {kind: run.last_step(f"{kind}/loss") for kind in ("train", "validation")}
-        self.bar = tqdm_ray.tqdm(total=rows, desc="training", unit="rows")
-        self.shown = int(state.seen)
-        self.bar.update(self.shown)
+        self.progress = Progress(rows, "training", "rows", terminal, done=int(state.seen))
 
     def training(self, record: dict[str, float], seen: float) -> None:
         if self.run is None:
@@ -412,9 +413,7 @@ class Logged:
         if record["step"] > self.until["train"]:
             values = {f"train/{k}": v for k, v in record.items() if k != "step"}
             self.run.log_metrics(values, int(record["step"]))
-        self.bar.set_description(f"training, loss {record['loss']:.3f}")
-        self.bar.update(int(seen) - self.shown)
-        self.shown = int(seen)
+        self.progress.to(int(seen), f"loss {record['loss']:.3f}")
 
     def validation(self, step: int, metrics: dict[str, float], better: bool) -> None:
         if self.run is None:
@@ -426,7 +425,7 @@ class Logged:
 
     def close(self) -> None:
         if self.run is not None:
-            self.bar.close()
+            self.progress.close()
 
 
 def peak_memory_gib() -> float:
