@@ -64,12 +64,21 @@ def test_readme_commands_exist() -> None:
         assert Path(image).is_file(), image
 
 
-def test_readme_configuration_is_valid() -> None:
+def test_readme_configurations_are_valid() -> None:
     from lib.settings import Settings
+    from lib.tasks import load_task
 
-    block = re.search(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.S)
-    assert block
-    assert Settings.model_validate(yaml.safe_load(block[1])).data.label_names == ["angry", "calm", "happy"]
+    blocks = re.findall(r"```yaml\n(.*?)```", Path("README.md").read_text(), re.S)
+    found = {}
+    for block in blocks:
+        settings = Settings.model_validate(yaml.safe_load(block))
+        task = load_task(settings.task)
+        assert task.columns(settings.data)
+        found[settings.name] = task.classes(settings.data)
+    assert found == {
+        "tickets": ["angry", "calm", "happy"],
+        "orders": ["O", "B-SKU", "I-SKU", "B-COLOUR", "I-COLOUR"],
+    }
 
 
 def test_make_help_lists_every_documented_target() -> None:
