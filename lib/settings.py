@@ -248,6 +248,69 @@ class TrainingSettings(Section):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
+class Dimension(Section):
+    """Values that one key may take in a search: exactly one of these."""
+
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+    """Even over the exponents: for values such as a learning rate."""
+    integer: tuple[int, int] | None = None
+    """Both ends included."""
+    choice: Annotated[list[Any], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Dimension:
+        given = {name: value for name, value in self.__dict__.items() if value is not None}
+        if len(given) != 1:
+            raise ValueError(f"give one of {', '.join(type(self).model_fields)}, not {len(given)}")
+        kind, value = self.chosen
+        if kind != "choice" and value[0] >= value[1]:
+            raise ValueError(f"{kind} must rise, not go from {value[0]:g} to {value[1]:g}")
+        if kind == "log_uniform" and value[0] <= 0:
+            raise ValueError(f"log_uniform must begin above 0, not at {value[0]:g}")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, Any]:
+        """Which kind it is, and its value."""
+        return next((name, value) for name, value in self.__dict__.items() if value is not None)
+
+    @property
+    def ends(self) -> list[Any]:
+        """Values that stand for all: both ends, or every choice."""
+        return list(self.chosen[1])
+
+
+class TuningSettings(Section):
+    """How better settings are searched (`jobs.tune`), judged by `training.metric` on the validation split."""
+
+    space: dict[str, Dimension] = {}
+    """Key of `training` or `model` → what it may be, such as `training.learning_rate: {log_uniform: [1e-5, 1e-3]}`."""
+    trials: Positive = 8
+    algorithm: Literal["random", "tpe"] = "tpe"
+    """tpe: values near those that were good, by Optuna; random: drawn independently."""
+    scheduler: Literal["none", "asha"] = "asha"
+    """asha: of the trials with as many validations, only the best 1 / `reduction` go on; none: all to their end."""
+    grace: Positive = 1
+    """Validations before a trial may be ended."""
+    reduction: Annotated[int, Field(ge=2)] = 3
+    concurrency: Positive | None = None
+    """Trials at a time; None: as many as the cluster has room for."""
+    resume: str | None = None
+    """Id of an interrupted search to go on with."""
+    seed: int = 0
+
+    @field_validator("space")
+    @classmethod
+    def _space(cls, value: dict[str, Dimension]) -> dict[str, Dimension]:
+        for key in value:
+            if key.partition(".")[0] not in ("training", "model"):
+                raise ValueError(
+                    f"{key!r} cannot be searched; keys of training and model can, such as training.learning_rate"
+                )
+        return value
+
+
 class EvaluationSettings(Section):
     """How a run's model is measured on the test split (`jobs.evaluate`)."""
 
@@ -320,6 +383,7 @@ class Settings(Section):
     data: DataSettings
     model: ModelSettings
     training: TrainingSettings = TrainingSettings()
+    tuning: TuningSettings = TuningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     promotion: PromotionSettings = PromotionSettings()
     serving: ServingSettings = ServingSettings()
@@ -380,6 +444,24 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
             value = rest.pop(0)
         parsed[key.replace("-", "_")] = value
     return parsed
+
+
+def override(settings: Settings, values: dict[str, Any], where: str) -> Settings:
+    """The settings with dotted keys set to other values.
+
+    Raises ConfigError, beginning with `where`, for an unknown key or a value that it cannot have.
+    """
+    changed = settings.model_dump(mode="json")
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = changed
+        for part in parents:
+            section = section.setdefault(part, {})
+        section[last] = value
+    try:
+        return Settings.model_validate(changed)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe(error)}") from None
 
 
 def describe(error: ValidationError) -> str:

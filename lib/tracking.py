@@ -267,6 +267,21 @@ def find_run(settings: Settings, kind: str, run_id: str | None = None, tag: str 
     return Run(RunRef(runs[0].info.run_id, settings.name), db)
 
 
+def child(parent: str, trial: str, settings: Settings) -> Run | None:
+    """The run of a search's trial, when an interrupted search has begun it."""
+    return next((run for run in children(parent, settings.name) if run.tags().get("trial") == trial), None)
+
+
+def children(parent: str, name: str) -> list[Run]:
+    """The runs of a search's trials, in the experiment `name`."""
+    db = client()
+    experiment = db.get_experiment_by_name(name)
+    if experiment is None:
+        return []
+    found = db.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    return [Run(RunRef(run.info.run_id, name), db) for run in found]
+
+
 def unfinished_runs(settings: Settings, kind: str) -> list[Run]:
     """Runs of this kind and name that failed, were killed, or still run; the latest first."""
     db = client()

@@ -6,6 +6,7 @@ loop.py         a worker's side: steps, validation, early stopping, going on fro
 windows.py      which rows come when, and how Ray Data deals them to the workers
 batches.py      batches of like lengths, the same number on every worker
 checkpoints.py  what a checkpoint holds, and which of them are whole
+search.py       many trainings at once, by Ray Tune; trials_plots.py, their pictures
 zero.py         DeepSpeed: its configuration, the engine, its checkpoints, consolidated weights
 dropout.py      dropout at the speed of the rest, on a CPU
 curves.py       the run's curves as a picture

@@ -20,7 +20,7 @@ def draw(summary: dict[str, Any], metric: str, path: Path) -> None:
     losses.plot([v["step"] for v in measured], [v["loss"] for v in measured], "o-", label="validation")
     losses.set(title="loss", xlabel="step")
     losses.legend()
-    for name in sorted({k for v in measured for k in v} - {"step", "epoch", "loss"}):
+    for name in sorted({k for v in measured for k in v} - {"step", "epoch", "validation", "loss"}):
         scores.plot([v["step"] for v in measured], [v[name] for v in measured], "o-", label=name)
     if best := summary["best"].get(metric):
         scores.axhline(best, color="grey", linewidth=0.8, linestyle="--")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,11 @@ from ray.train import (
     CheckpointConfig,
     FailureConfig,
     LoggingConfig,
+    Result,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    UserCallback,
     WorkerGroupError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -44,6 +47,21 @@ class Fit:
 def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
     """Train on `dataset`, export the best checkpoint to the run's model directory, delete the checkpoints.
 
+    Raises what `train` raises.
+    """
+    result = train(settings, dataset, run)
+    if not storage.published(run.ref.model_uri):  # a driver may be killed between here and the next line
+        # From worst to best; the latest is there too and need not be the best.
+        export(settings, dataset, run.ref, result.best_checkpoints[-1][0])
+    storage.remove(run.ref.checkpoints_uri)
+    return Fit(run.ref.model_uri, result.return_value)
+
+
+def train(
+    settings: Settings, dataset: DatasetRef, run: tracking.Run, callbacks: Sequence[UserCallback] = ()
+) -> Result:
+    """Train on `dataset` and leave the checkpoints under the run.
+
     A run that has checkpoints goes on from the latest. Raises ResourceError when the cluster is too small,
     DataError for an empty dataset, ModelError for a base that cannot be used; nothing is started then.
     Raises StorageError when there is no space for a checkpoint, and ResourceError when workers were lost
@@ -59,14 +77,9 @@ def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
         )
     checkpoints.mend_record(checkpoints.run_folder(run.ref))
     try:
-        result = _trainer(settings, dataset, run.ref).fit()
+        return _trainer(settings, dataset, run.ref, callbacks).fit()
     except TrainingFailedError as error:
         raise explain(error, settings, run.ref) from error
-    if not storage.published(run.ref.model_uri):  # a driver may be killed between here and the next line
-        # From worst to best; the latest is there too and need not be the best.
-        export(settings, dataset, run.ref, result.best_checkpoints[-1][0])
-    storage.remove(run.ref.checkpoints_uri)
-    return Fit(run.ref.model_uri, result.return_value)
 
 
 def explain(error: TrainingFailedError, settings: Settings, run: RunRef) -> Exception:
@@ -100,7 +113,9 @@ def check_resources(settings: Settings) -> None:
             )
 
 
-def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrainer:
+def _trainer(
+    settings: Settings, dataset: DatasetRef, run: RunRef, callbacks: Sequence[UserCallback]
+) -> TorchTrainer:
     training = settings.training
     on_gpu = training.gpus_per_worker > 0
     per_worker: dict[str, float] = {"CPU": training.cpus_per_worker}
@@ -144,7 +159,7 @@ def _trainer(settings: Settings, dataset: DatasetRef, run: RunRef) -> TorchTrain
                 num_to_keep=training.keep_checkpoints, checkpoint_score_attribute=checkpoints.SCORE
             ),
             failure_config=FailureConfig(max_failures=training.max_failures),
-            callbacks=[checkpoints.Keeper(folder)],
+            callbacks=[checkpoints.Keeper(folder), *callbacks],
             worker_runtime_env={"env_vars": environment},
             # Ray would print each report and checkpoint; the loop prints what counts.
             logging_config=LoggingConfig(log_level="WARNING"),

@@ -313,7 +313,8 @@ class Loop:
             raise ConfigError(
                 f"training.metric {name!r} is not measured (known: {', '.join(sorted(metrics))})"
             )
-        record = {"step": self.state.step, "epoch": epoch + 1, **metrics}
+        number = len(self.state.validations) + 1
+        record = {"step": self.state.step, "epoch": epoch + 1, "validation": number, **metrics}
         self.state.validations.append(record)
         better = self._is_better(metrics)
         self.state.bad = 0 if better else self.state.bad + 1
