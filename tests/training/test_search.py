@@ -14,6 +14,7 @@ from lib.errors import ConfigError
 from lib.settings import Dimension, Settings, load_settings, override
 from lib.training import trials_plots
 from lib.training.search import Found, Trial, check, room, search
+from tests.conftest import WORDS
 from tests.training.test_fit import make_dataset, settings_for
 
 
@@ -160,21 +161,24 @@ def test_the_winner_is_a_configuration(
     ray_cluster: None,
     database: Path,
     tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from jobs import tune as job
+    from jobs.preprocess import preprocess
 
     settings = settings_for(tiny_base, workers=1, epochs=1)
     settings = with_search(
         settings, space={"training.learning_rate": {"log_uniform": [1e-3, 1e-2]}}, trials=2, scheduler="none"
     )
-    dataset = make_dataset(settings, rows=120)
-
-    class Planned:
-        ref = dataset
-
-    monkeypatch.setattr(job, "plan", lambda _: Planned)
+    rows = [
+        f"the dress is {['awful', 'great'][i % 2]} {WORDS[i % 20]} {WORDS[i // 20]},{i % 2}"
+        for i in range(200)
+    ]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]))
+    source = {"data.source": str(tmp_path / "mine.csv"), "data.labels": {"0": "bad", "1": "good"}}
+    settings = override(settings, source, "test")
+    preprocess(settings)
     job.tune(settings)
     run = tracking.find_run(settings, "tune")
     best = places.join(run.ref.uri, job.BEST)
