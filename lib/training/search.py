@@ -13,6 +13,7 @@ settings were best.
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
             settings=settings.model_dump(mode="json"),
             dataset=dataclasses.asdict(dataset),
             parent=run.ref.id,
+            places=tracking.places(),
         ),
         {"CPU": DRIVER_CPUS},
     )
@@ -133,8 +135,15 @@ def room(settings: Settings, resources: dict[str, float]) -> int:
     return max(1, min(fitting))
 
 
-def trial(values: dict[str, Any], settings: dict[str, Any], dataset: dict[str, Any], parent: str) -> None:
+def trial(
+    values: dict[str, Any],
+    settings: dict[str, Any],
+    dataset: dict[str, Any],
+    parent: str,
+    places: dict[str, str],
+) -> None:
     """Runs in the trial's own process: train with these values."""
+    os.environ.update(places)
     chosen = override(Settings.model_validate(settings), values, "tuning.space")
     name = tune.get_context().get_trial_id()
     child = tracking.child(parent, name, chosen)
