@@ -204,7 +204,7 @@ def main() -> None:
         kind, rows, folder = arguments.rival
         trainer(kind, int(rows), folder)
         return
-    preprocess = [sys.executable, "-m", "jobs.preprocess", "--config", CONFIG, "--data.limit", str(LIMIT)]
+    preprocess = [sys.executable, "-m", "jobs.preprocess", "--config", CONFIG, *COMMON]
     subprocess.run(preprocess, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     compare()
 
