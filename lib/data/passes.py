@@ -325,4 +325,5 @@ def _undersampled(
         return np.zeros(len(classes), bool)
     shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
     training = splits == SPLITS.index("train")
-    return training & ~kept(hashes, shares[classes], data.split.seed)
+    spare: np.ndarray = training & ~kept(hashes, shares[classes], data.split.seed)
+    return spare

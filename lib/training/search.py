@@ -197,8 +197,8 @@ def _found(results: Any, settings: Settings, lower: bool) -> Found:
     trials = []
     for number, result in enumerate(results):
         frame = result.metrics_dataframe
-        scores = frame[metric].dropna() if frame is not None and metric in frame else []
-        best = None if len(scores) == 0 else float(scores.min() if lower else scores.max())
+        scores = list(frame[metric].dropna()) if frame is not None and metric in frame else []
+        best = float(min(scores) if lower else max(scores)) if scores else None
         told = unwrap(result.error) if result.error else None
         trials.append(
             Trial(

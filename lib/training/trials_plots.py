@@ -55,9 +55,9 @@ def _distribution(dimension: Dimension) -> Any:
     kind, value = dimension.chosen
     match kind:
         case "uniform" | "log_uniform":
-            return distributions.FloatDistribution(*value, log=kind == "log_uniform")
+            return distributions.FloatDistribution(value[0], value[1], log=kind == "log_uniform")
         case "integer":
-            return distributions.IntDistribution(*value)
+            return distributions.IntDistribution(value[0], value[1])
         case _:
             return distributions.CategoricalDistribution([repr(v) for v in value])
 
@@ -95,7 +95,7 @@ def place(dimension: Dimension, value: Any) -> float:
     """Where a value lies between the ends of its dimension, 0 to 1."""
     kind, given = dimension.chosen
     if kind == "choice":
-        return given.index(value) / max(len(given) - 1, 1)
+        return float(given.index(value) / max(len(given) - 1, 1))
     low, high = given
     if kind == "log_uniform":
         low, high, value = math.log(low), math.log(high), math.log(value)
