@@ -16,6 +16,7 @@ of all epochs are one stream, since starting a Ray Data execution for each epoch
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+import ray.train
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
 
 from lib import storage
+from lib.settings import TrainingSettings
 from lib.training import batches, checkpoints
 
 # Footers read at the same time when the stream is planned.
@@ -192,3 +195,58 @@ def deal(source: Windows, world: int, cpus_per_read: int = 1) -> list[ray.data.D
     dataset.context.target_max_block_size = None  # else a window of wide rows would become two blocks
     splits: list[ray.data.DataIterator] = dataset.streaming_split(world, equal=True)
     return splits
+
+
+@dataclass(frozen=True)
+class Group:
+    """The micro-batches of one optimiser step, and where the training stands after it."""
+
+    micro_batches: list[batches.Planned]
+    epoch: int
+    ends_epoch: bool
+    ends_training: bool
+    position: checkpoints.Position
+    seen: float
+    """As `State.seen`."""
+
+
+class Coming:
+    """The windows that this worker still has to train on, the first of them read while the model is built."""
+
+    def __init__(self, total: int, training: TrainingSettings, world: int, state: checkpoints.State) -> None:
+        self.total, self.training, self.world = total, training, world
+        same = state.world == world
+        # Another number of workers deals the round out anew (State.deal_anew).
+        self.skip = state.position.steps if same else 0
+        self.rounds = list(rounds(total, training.epochs, world, training.shuffle_rows, state.position))
+        self._tables: Iterator[pa.Table] = iter(())
+        if self.rounds:
+            shard = ray.train.get_dataset_shard("train")
+            # A block is a window; with a batch size the last rows of an epoch would be joined to the next.
+            self._tables = iter(
+                shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            )
+        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._tables, 1)))
+
+    def tables(self) -> Iterator[tuple[Round, pa.Table]]:
+        tables = itertools.chain(self._first.result(), self._tables)
+        for coming, table in zip(self.rounds, tables, strict=True):
+            if table.num_rows != coming.rows:
+                raise RuntimeError(f"Ray Data dealt {table.num_rows} rows for {coming}")
+            yield coming, table
+
+    def group(self, of: Round, planned: list[batches.Planned], index: int) -> Group:
+        """The `index`-th optimiser step of a round."""
+        size = self.training.accumulation
+        count = -(-len(planned) // size)
+        ends_round = index == count - 1
+        trained = of.start + of.rows * self.world * (index + 1) / count
+        inside = checkpoints.Position(of.epoch, of.start, index + 1)
+        return Group(
+            micro_batches=planned[index * size : (index + 1) * size],
+            epoch=of.epoch,
+            ends_epoch=ends_round and of.ends_epoch,
+            ends_training=ends_round and of == self.rounds[-1],
+            position=of.after(self.world) if ends_round else inside,
+            seen=of.epoch * self.total + (self.total if ends_round and of.ends_epoch else trained),
+        )
