@@ -57,10 +57,10 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         if folder:
             state.resumed.append(state.step)
         own = Own.share(folder, rank, world, state.world) if folder else Own()
-        coming = windows.Coming(manifest["splits"]["train"]["rows"], training, world, state)
+        begin = state.position_for(world, folder) if folder else state.position
+        coming = windows.Coming(manifest["splits"]["train"]["rows"], training, world, begin)
         engine = start_engine(settings, state, folder, world)
-    if state.world != world:
-        state.deal_anew(world, coming.total)
+    state.world, state.position = world, begin
     task = load_task(settings.task)
     run = tracking.attach(ref) if rank == 0 else None
     loop = Loop(engine, task, settings, task.balance(manifest, settings), coming, state, own, run)
@@ -151,6 +151,7 @@ class Loop:
                 better = validates and self._validate(group.epoch)
                 last = last or self._is_stopped()
                 if saves or better or last:
+                    self.own.left = group.rows_left()
                     self._save(better)
                 elif validates:
                     checkpoints.report(self.state.validations[-1])
