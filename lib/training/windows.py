@@ -41,6 +41,8 @@ from lib.training import batches, checkpoints
 
 # Footers read at the same time when the stream is planned.
 FOOTER_THREADS = 16
+# Column of a window that holds the number of each row; no slice of a dataset is likely to be named so.
+ROW = "_row"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ def _group_rows(uri: str) -> list[int]:
 
 
 def read_rows(shards: Sequence[Shard], rows: Sequence[int], columns: list[str]) -> pa.Table:
-    """Rows of the split, given by rising numbers, as one table with their numbers as `row` int64.
+    """Rows of the split, given by rising numbers, as one table with their numbers in the column ROW.
 
     Only the row groups between the first and the last are read.
     """
@@ -141,7 +143,7 @@ def read_rows(shards: Sequence[Shard], rows: Sequence[int], columns: list[str]) 
     numbers = np.asarray(rows, np.int64)
     if len(numbers) < table.num_rows:
         table = table.take(pa.array(numbers - start))
-    return table.append_column("row", pa.array(numbers))
+    return table.append_column(ROW, pa.array(numbers))
 
 
 class Windows(Datasource):
@@ -239,7 +241,7 @@ class Group:
     """What this worker has still to train of its window."""
 
     def rows_left(self) -> list[int]:
-        return sorted(row for planned in self.rest for row in planned.rows["row"].to_pylist())
+        return sorted(row for planned in self.rest for row in planned.rows[ROW].to_pylist())
 
 
 class Coming:

@@ -16,7 +16,7 @@ from ray.data.datasource import ReadTask
 
 from lib import storage as files
 from lib.training.checkpoints import Position
-from lib.training.windows import Round, Windows, deal, read_rows, rounds, shards_of
+from lib.training.windows import ROW, Round, Windows, deal, read_rows, rounds, shards_of
 
 SIZES = st.tuples(st.integers(1, 400), st.integers(1, 3), st.integers(1, 5), st.integers(1, 90))
 
@@ -86,8 +86,8 @@ def test_rows_are_read_across_row_groups_and_files(tmp_path: Path) -> None:
     for start, stop in [(0, 42), (0, 1), (6, 8), (9, 12), (10, 11), (13, 40), (33, 35), (41, 42)]:
         for rows in (range(start, stop), range(start, stop, 3)):
             table = read_rows(shards, rows, ["length"])
-            assert table.column_names == ["length", "row"]
-            assert table["length"].to_pylist() == table["row"].to_pylist() == list(rows)
+            assert table.column_names == ["length", ROW]
+            assert table["length"].to_pylist() == table[ROW].to_pylist() == list(rows)
 
 
 class Late(Windows):
