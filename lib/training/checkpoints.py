@@ -329,11 +329,12 @@ def random_state() -> dict[str, Any]:
     """State of torch's, NumPy's and Python's global generators in this process."""
     import torch
 
-    kind, keys, *rest = np.random.get_state()
+    numbers = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "numpy": [kind, keys.tolist(), *(float(r) if isinstance(r, float) else int(r) for r in rest)],
+        "numpy": numbers
+        | {"state": {"key": numbers["state"]["key"].tolist(), "pos": numbers["state"]["pos"]}},
         "python": [version, list(words), gauss],
     }
     if torch.cuda.is_available():
@@ -345,10 +346,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     import torch
 
     torch.set_rng_state(_bytes(state["torch"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    numbers = state["numpy"]
+    words = {**numbers["state"], "key": np.array(numbers["state"]["key"], np.uint32)}
+    np.random.set_state({**numbers, "state": words})
+    version, integers, gauss = state["python"]
+    random.setstate((version, tuple(integers), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 

@@ -68,7 +68,7 @@ def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
     return Fit(run.ref.model_uri, result.return_value)
 
 
-def explain(error: TrainingFailedError, settings: Settings, run: RunRef) -> Exception:
+def explain(error: Exception, settings: Settings, run: RunRef) -> Exception:
     """What a user can mend as one line; otherwise `error` itself."""
     if ours := unwrap(error) or checkpoints.full_disk(error, run):
         return ours
