@@ -56,6 +56,10 @@ class Position:
     """First row of the round (lib.training.windows), counted through the shards."""
     steps: int = 0
     """Optimiser steps of the round that are done."""
+    following: int = 0
+    """First row of the round after it; known inside a round."""
+    left: tuple[int, ...] = ()
+    """Numbers of the round's rows, when it is what another number of workers left of one."""
 
 
 @dataclass
@@ -76,17 +80,6 @@ class State:
     resumed: list[int] = field(default_factory=list)
     """Steps whose checkpoints the run went on from."""
 
-    def deal_anew(self, world: int, total: int) -> None:
-        """Go on with another number of workers, over a split of `total` rows.
-
-        Windows and batches depend on the number of workers, so the round that was begun starts again: each
-        of its rows is trained, those that were trained already once more, and no row of the epoch is left
-        out or comes twice for another reason.
-        """
-        self.world = world
-        self.position = Position(self.position.epoch, self.position.start, 0)
-        self.seen = self.position.epoch * total + self.position.start
-
     def write(self, folder: Path) -> None:
         storage.write_json(str(folder / STATE), {"format": FORMAT, **asdict(self)})
 
@@ -97,7 +90,20 @@ class State:
         values = storage.read_json(path)
         if values.pop("format", None) != FORMAT:
             raise StorageError(f"{path} is not of format {FORMAT}; train anew with this version of Whorl")
-        return cls(**{**values, "position": Position(**values["position"])})
+        position = values["position"]
+        return cls(**{**values, "position": Position(**{**position, "left": tuple(position["left"])})})
+
+    def position_for(self, world: int, folder: str) -> Position:
+        """Where `world` workers begin that go on from the checkpoint in `folder`.
+
+        Windows and batches depend on the number of workers. Another number of them begins with a round of
+        the rows that were left of the round: no row comes twice, and fewer than the workers are left out.
+        """
+        if world == self.world or not self.position.steps:
+            return self.position
+        left = sorted(row for rank in range(self.world) for row in Own.read(folder, rank).left)
+        at = self.position
+        return Position(at.epoch, at.start, 0, at.following, tuple(left))
 
 
 @dataclass
@@ -109,6 +115,8 @@ class Own:
     losses: list[tuple[float, float]] = field(default_factory=list)
     """Summed loss and weight of the steps since the last record of the history."""
     random: dict[str, Any] = field(default_factory=dict)
+    left: list[int] = field(default_factory=list)
+    """Numbers of the rows of this worker's window that it has still to train."""
 
     def write(self, folder: Path, rank: int) -> None:
         storage.write_json(str(folder / _own_file(rank)), asdict(self))
@@ -161,6 +169,15 @@ def latest_state(folder: str) -> State | None:
     """The state in the checkpoint that workers start from; None before the first is committed."""
     names = committed(folder)
     return State.read(storage.join(folder, names[-1])) if names else None
+
+
+def latest_position(folder: str, world: int) -> Position:
+    """Where in the data `world` workers begin that go on from the latest checkpoint of a run folder."""
+    names = committed(folder)
+    if not names:
+        return Position()
+    latest = storage.join(folder, names[-1])
+    return State.read(latest).position_for(world, latest)
 
 
 def mend_record(folder: str) -> None:
@@ -312,11 +329,12 @@ def random_state() -> dict[str, Any]:
     """State of torch's, NumPy's and Python's global generators in this process."""
     import torch
 
-    kind, keys, *rest = np.random.get_state()
+    numbers = np.random.get_state(legacy=False)
     version, words, gauss = random.getstate()
     state = {
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
-        "numpy": [kind, keys.tolist(), *(float(r) if isinstance(r, float) else int(r) for r in rest)],
+        "numpy": numbers
+        | {"state": {"key": numbers["state"]["key"].tolist(), "pos": numbers["state"]["pos"]}},
         "python": [version, list(words), gauss],
     }
     if torch.cuda.is_available():
@@ -328,10 +346,11 @@ def set_random_state(state: dict[str, Any]) -> None:
     import torch
 
     torch.set_rng_state(_bytes(state["torch"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, np.uint32), *rest))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    numbers = state["numpy"]
+    words = {**numbers["state"], "key": np.array(numbers["state"]["key"], np.uint32)}
+    np.random.set_state({**numbers, "state": words})
+    version, integers, gauss = state["python"]
+    random.setstate((version, tuple(integers), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
 

@@ -82,7 +82,7 @@ def train(
         raise explain(error, settings, run.ref) from error
 
 
-def explain(error: TrainingFailedError, settings: Settings, run: RunRef) -> Exception:
+def explain(error: Exception, settings: Settings, run: RunRef) -> Exception:
     """What a user can mend as one line; otherwise `error` itself."""
     if ours := unwrap(error) or checkpoints.full_disk(error, run):
         return ours

@@ -7,20 +7,17 @@ of the rows that were seen, not a count of steps, since batches are cut by token
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import resource
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray.train
 import torch
 import torch.distributed as dist
@@ -35,7 +32,7 @@ from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, load_task
 from lib.training import batches, checkpoints, windows, zero
-from lib.training.checkpoints import Own, Position, State
+from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
 
 # Validation keeps no gradients, so its batches may be larger.
@@ -64,10 +61,10 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         if folder:
             state.resumed.append(state.step)
         own = Own.share(folder, rank, world, state.world) if folder else Own()
-        coming = Coming(manifest["splits"]["train"]["rows"], training, world, state)
+        begin = state.position_for(world, folder) if folder else state.position
+        coming = windows.Coming(manifest["splits"]["train"]["rows"], training, world, begin)
         engine = start_engine(settings, state, folder, world)
-    if state.world != world:
-        state.deal_anew(world, coming.total)
+    state.world, state.position = world, begin
     task = load_task(settings.task)
     run = tracking.attach(ref) if rank == 0 else None
     balance, validation = task.balance(manifest, settings), dataset.shards("validation")
@@ -118,62 +115,6 @@ def learning_rate(training: TrainingSettings, progress: float) -> float:
     return training.learning_rate * max(0.0, 1 - done)
 
 
-@dataclass(frozen=True)
-class Group:
-    """The micro-batches of one optimiser step, and where the training stands after it."""
-
-    batches: list[batches.Planned]
-    epoch: int
-    ends_epoch: bool
-    ends_training: bool
-    position: Position
-    seen: float
-    """As `State.seen`."""
-
-
-class Coming:
-    """The windows that this worker still has to train on, the first of them read while the model is built."""
-
-    def __init__(self, total: int, training: TrainingSettings, world: int, state: State) -> None:
-        self.total, self.training, self.world = total, training, world
-        same = state.world == world
-        # Another number of workers deals the round out anew (State.deal_anew).
-        self.skip = state.position.steps if same else 0
-        self.rounds = list(
-            windows.rounds(total, training.epochs, world, training.shuffle_rows, state.position)
-        )
-        self._tables: Iterator[pa.Table] = iter(())
-        if self.rounds:
-            shard = ray.train.get_dataset_shard("train")
-            # A block is a window; with a batch size the last rows of an epoch would be joined to the next.
-            self._tables = iter(
-                shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
-            )
-        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._tables, 1)))
-
-    def windows(self) -> Iterator[tuple[windows.Round, pa.Table]]:
-        tables = itertools.chain(self._first.result(), self._tables)
-        for coming, table in zip(self.rounds, tables, strict=True):
-            if table.num_rows != coming.rows:
-                raise RuntimeError(f"Ray Data dealt {table.num_rows} rows for {coming}")
-            yield coming, table
-
-    def group(self, of: windows.Round, planned: list[batches.Planned], index: int) -> Group:
-        """The `index`-th optimiser step of a round."""
-        size = self.training.accumulation
-        count = -(-len(planned) // size)
-        ends_round = index == count - 1
-        trained = of.start + of.rows * self.world * (index + 1) / count
-        return Group(
-            batches=planned[index * size : (index + 1) * size],
-            epoch=of.epoch,
-            ends_epoch=ends_round and of.ends_epoch,
-            ends_training=ends_round and of == self.rounds[-1],
-            position=of.after(self.world) if ends_round else Position(of.epoch, of.start, index + 1),
-            seen=of.epoch * self.total + (self.total if ends_round and of.ends_epoch else trained),
-        )
-
-
 @dataclass
 class Loop:
     """One worker while it trains. `run` is the tracked run on rank 0, None on the others."""
@@ -182,7 +123,7 @@ class Loop:
     task: Task
     settings: Settings
     balance: dict[str, float]
-    coming: Coming
+    coming: windows.Coming
     state: State
     own: Own
     run: tracking.Run | None
@@ -217,6 +158,7 @@ class Loop:
                 better = validates and self._validate(group.epoch)
                 last = last or self._is_stopped()
                 if saves or better or last:
+                    self.own.left = group.rows_left()
                     self._save(better)
                 elif validates:
                     checkpoints.report(self.state.validations[-1])
@@ -235,12 +177,12 @@ class Loop:
         patience = self.training.patience
         return patience is not None and self.state.bad >= patience
 
-    def _groups(self) -> Iterator[Group]:
+    def _groups(self) -> Iterator[windows.Group]:
         """One optimiser step after another, until the last epoch ends."""
         if self._is_stopped() or self.state.step == self.training.max_steps:
             return
         skip = self.coming.skip
-        for of, window in self.coming.windows():
+        for of, window in self.coming.tables():
             planned = batches.plan_window(
                 window,
                 self.training.tokens_per_batch,
@@ -253,13 +195,13 @@ class Loop:
                 yield self.coming.group(of, planned, index)
             skip = 0
 
-    def _step(self, group: Group) -> None:
+    def _step(self, group: windows.Group) -> None:
         """One optimiser step."""
         self.engine.train()
         self._set_learning_rate()
-        weight = max(sum(p.weight for p in group.batches), 1e-12)
+        weight = max(sum(p.weight for p in group.micro_batches), 1e-12)
         summed = 0.0
-        for planned in group.batches:
+        for planned in group.micro_batches:
             batch = self._to_device(self.task.collate(planned.rows, self.pad))
             loss, _ = self.task.loss(self.engine, batch, self.settings, self.balance)
             # DeepSpeed averages over workers; the loss is one sum over all of them.

@@ -2,10 +2,13 @@
 
 The rows of a split lie in its shards in one order. An epoch takes them in rounds: the next rows, up to
 `shuffle_rows` for each worker, are cut into as many equal windows as there are workers, and window i is
-worker i's (the last rows of an epoch that are fewer than the workers are left out). What a worker does
+worker i's (rows that are fewer than the workers are left out at the end of an epoch). What a worker does
 inside its window (lib.training.batches) is drawn from the seed, the epoch and the round's first row. So
 the position in the data is three numbers, and a run that goes on from it meets the batches that a run
 that was never stopped meets.
+
+Another number of workers cannot meet the same batches. It first takes the rows that were left of the round
+that was begun, as a round of its own, so that no row of the epoch comes twice.
 
 Ray Data reads the windows, each as one block, and its streaming split deals them out. With
 `preserve_order` it takes the blocks in the order of the read tasks and hands each to the worker that has
@@ -16,24 +19,30 @@ of all epochs are one stream, since starting a Ray Data execution for each epoch
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.data
+import ray.train
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 from ray.train import DataConfig
 
 from lib import storage
+from lib.settings import TrainingSettings
 from lib.training import batches, checkpoints
 
 # Footers read at the same time when the stream is planned.
 FOOTER_THREADS = 16
+# Column of a window that holds the number of each row; no slice of a dataset is likely to be named so.
+ROW = "_row"
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,24 @@ class Round:
     """First row, counted through the shards of the split."""
     rows: int
     """Rows of each window."""
+    following: int
+    """First row of the next round of this epoch."""
     ends_epoch: bool
+    left: tuple[int, ...] = ()
+    """The rows themselves, when they are what another number of workers left of a round."""
 
-    def after(self, world: int) -> checkpoints.Position:
+    def window(self, index: int) -> range | tuple[int, ...]:
+        """Row numbers of one window."""
+        first = index * self.rows
+        if self.left:
+            return self.left[first : first + self.rows]
+        return range(self.start + first, self.start + first + self.rows)
+
+    def after(self) -> checkpoints.Position:
         """The position when all windows of the round are trained."""
         if self.ends_epoch:
-            return checkpoints.Position(self.epoch + 1, 0, 0)
-        return checkpoints.Position(self.epoch, self.start + self.rows * world, 0)
+            return checkpoints.Position(self.epoch + 1)
+        return checkpoints.Position(self.epoch, self.following)
 
 
 def rounds(
@@ -63,9 +83,14 @@ def rounds(
     """
     for epoch in range(begin.epoch, epochs):
         start = begin.start if epoch == begin.epoch else 0
+        if epoch == begin.epoch and begin.left:
+            # Each worker needs a row, even when fewer are left: the epoch must end for all of them.
+            left = begin.left + begin.left[-1:] * (world - len(begin.left))
+            start = begin.following
+            yield Round(epoch, begin.start, len(left) // world, start, total - start < world, left)
         while rows := min(shuffle_rows, (total - start) // world):
             following = start + rows * world
-            yield Round(epoch, start, rows, ends_epoch=total - following < world)
+            yield Round(epoch, start, rows, following, ends_epoch=total - following < world)
             start = following
 
 
@@ -98,8 +123,12 @@ def _group_rows(uri: str) -> list[int]:
         return [footer.row_group(i).num_rows for i in range(footer.num_row_groups)]
 
 
-def read_rows(shards: Sequence[Shard], start: int, stop: int, columns: list[str]) -> pa.Table:
-    """Rows `start` to `stop` of the split as one table; only the row groups that hold some are read."""
+def read_rows(shards: Sequence[Shard], rows: Sequence[int], columns: list[str]) -> pa.Table:
+    """Rows of the split, given by rising numbers, as one table with their numbers in the column ROW.
+
+    Only the row groups between the first and the last are read.
+    """
+    start, stop = rows[0], rows[-1] + 1
     parts = []
     for shard in shards:
         if shard.bounds[0] >= stop or shard.bounds[-1] <= start:
@@ -110,7 +139,11 @@ def read_rows(shards: Sequence[Shard], start: int, stop: int, columns: list[str]
             table = pq.ParquetFile(file).read_row_groups(wanted, columns=columns)
         first = spans[wanted[0]][0]
         parts.append(table.slice(max(start - first, 0), stop - max(start, first)))
-    return pa.concat_tables(parts).combine_chunks()
+    table = pa.concat_tables(parts).combine_chunks()
+    numbers = np.asarray(rows, np.int64)
+    if len(numbers) < table.num_rows:
+        table = table.take(pa.array(numbers - start))
+    return table.append_column(ROW, pa.array(numbers))
 
 
 class Windows(Datasource):
@@ -119,9 +152,9 @@ class Windows(Datasource):
     def __init__(self, shards: list[Shard], coming: list[Round], world: int, columns: list[str]) -> None:
         super().__init__()
         self._tasks = [
-            _read_task(shards, r.start + i * r.rows, r.start + (i + 1) * r.rows, columns)
-            for r in coming
-            for i in range(world)
+            _read_task(shards, coming_round.window(index), columns)
+            for coming_round in coming
+            for index in range(world)
         ]
 
     def __len__(self) -> int:
@@ -134,16 +167,16 @@ class Windows(Datasource):
         return None
 
 
-def _read_task(shards: list[Shard], start: int, stop: int, columns: list[str]) -> ReadTask:
-    held = [s for s in shards if s.bounds[0] < stop and s.bounds[-1] > start]
+def _read_task(shards: list[Shard], rows: Sequence[int], columns: list[str]) -> ReadTask:
+    held = [s for s in shards if s.bounds[0] <= rows[-1] and s.bounds[-1] > rows[0]]
     return ReadTask(
-        partial(_read_block, held, start, stop, columns),
-        BlockMetadata(num_rows=stop - start, size_bytes=None, exec_stats=None, input_files=None),
+        partial(_read_block, held, rows, columns),
+        BlockMetadata(num_rows=len(rows), size_bytes=None, exec_stats=None, input_files=None),
     )
 
 
-def _read_block(shards: list[Shard], start: int, stop: int, columns: list[str]) -> list[pa.Table]:
-    return [read_rows(shards, start, stop, columns)]
+def _read_block(shards: list[Shard], rows: Sequence[int], columns: list[str]) -> list[pa.Table]:
+    return [read_rows(shards, rows, columns)]
 
 
 class Dealer(DataConfig):
@@ -169,8 +202,7 @@ class Dealer(DataConfig):
         self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any
     ) -> list[dict[str, ray.data.DataIterator]]:
         """An iterator over its own windows for each worker, whatever Ray Train holds under the name."""
-        state = checkpoints.latest_state(self.run_folder)
-        begin = state.position if state else checkpoints.Position()
+        begin = checkpoints.latest_position(self.run_folder, world_size)
         shards = shards_of(self.uris)
         coming = list(rounds(shards[-1].bounds[-1], self.epochs, world_size, self.shuffle_rows, begin))
         source = Windows(shards, coming, world_size, batches.columns(self.uris[0]))
@@ -192,3 +224,66 @@ def deal(source: Windows, world: int, cpus_per_read: int = 1) -> list[ray.data.D
     dataset.context.target_max_block_size = None  # else a window of wide rows would become two blocks
     splits: list[ray.data.DataIterator] = dataset.streaming_split(world, equal=True)
     return splits
+
+
+@dataclass(frozen=True)
+class Group:
+    """The micro-batches of one optimiser step, and where the training stands after it."""
+
+    micro_batches: list[batches.Planned]
+    epoch: int
+    ends_epoch: bool
+    ends_training: bool
+    position: checkpoints.Position
+    seen: float
+    """As `State.seen`."""
+    rest: list[batches.Planned]
+    """What this worker has still to train of its window."""
+
+    def rows_left(self) -> list[int]:
+        return sorted(row for planned in self.rest for row in planned.rows[ROW].to_pylist())
+
+
+class Coming:
+    """The windows that this worker still has to train on, the first of them read while the model is built."""
+
+    def __init__(
+        self, total: int, training: TrainingSettings, world: int, begin: checkpoints.Position
+    ) -> None:
+        self.total, self.training, self.world = total, training, world
+        self.skip = begin.steps
+        self.rounds = list(rounds(total, training.epochs, world, training.shuffle_rows, begin))
+        self._tables: Iterator[pa.Table] = iter(())
+        if self.rounds:
+            shard = ray.train.get_dataset_shard("train")
+            # A block is a window; with a batch size the last rows of an epoch would be joined to the next.
+            self._tables = iter(
+                shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+            )
+        self._first = ThreadPoolExecutor(1).submit(lambda: list(itertools.islice(self._tables, 1)))
+
+    def tables(self) -> Iterator[tuple[Round, pa.Table]]:
+        tables = itertools.chain(self._first.result(), self._tables)
+        for coming, table in zip(self.rounds, tables, strict=True):
+            if table.num_rows != coming.rows:
+                raise RuntimeError(f"Ray Data dealt {table.num_rows} rows for {coming}")
+            yield coming, table
+
+    def group(self, of: Round, planned: list[batches.Planned], index: int) -> Group:
+        """The `index`-th optimiser step of a round."""
+        size = self.training.accumulation
+        count = -(-len(planned) // size)
+        ends_round = index == count - 1
+        # What was left of a round ends where the round ends.
+        behind = of.following - of.rows * self.world
+        trained = behind + of.rows * self.world * (index + 1) / count
+        inside = checkpoints.Position(of.epoch, of.start, index + 1, of.following, of.left)
+        return Group(
+            micro_batches=planned[index * size : (index + 1) * size],
+            epoch=of.epoch,
+            ends_epoch=ends_round and of.ends_epoch,
+            ends_training=ends_round and of == self.rounds[-1],
+            position=of.after() if ends_round else inside,
+            seen=of.epoch * self.total + (self.total if ends_round and of.ends_epoch else trained),
+            rest=[] if ends_round else planned[(index + 1) * size :],
+        )

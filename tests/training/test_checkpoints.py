@@ -17,10 +17,19 @@ from lib.training.checkpoints import Own, Position, State
 
 
 def test_state_and_counters_come_back_as_they_were(tmp_path: Path) -> None:
-    state = State(2, Position(1, 512, 3), 41, 1012.5, 3.25, 1, {"macro_f1": 0.1 + 0.2}, [{"loss": 1 / 3}])
+    state = State(
+        2,
+        Position(1, 512, 3, 640, (520, 530)),
+        41,
+        1012.5,
+        3.25,
+        1,
+        {"macro_f1": 0.1 + 0.2},
+        [{"loss": 1 / 3}],
+    )
     state.write(tmp_path)
     assert State.read(files.uri(tmp_path)) == state
-    own = Own(500, 9000, [(1 / 3, 8.0)], checkpoints.random_state())
+    own = Own(500, 9000, [(1 / 3, 8.0)], checkpoints.random_state(), [520, 521])
     own.write(tmp_path, 1)
     assert Own.read(files.uri(tmp_path), 1) == own
 
@@ -53,10 +62,15 @@ def test_counters_of_another_number_of_workers_keep_their_sums(tmp_path: Path) -
     assert Own.share(folder, 2, 3, 2) == Own()
 
 
-def test_dealing_anew_begins_the_round_again() -> None:
-    state = State(2, Position(1, 512, 3), seen=1900.0)
-    state.deal_anew(3, 1000)
-    assert (state.world, state.position, state.seen) == (3, Position(1, 512, 0), 1512)
+def test_another_number_of_workers_begins_with_the_rows_that_were_left(tmp_path: Path) -> None:
+    Own(left=[514, 519]).write(tmp_path, 0)
+    Own(left=[570]).write(tmp_path, 1)
+    folder = files.uri(tmp_path)
+    state = State(2, Position(1, 512, 3, 640))
+    assert state.position_for(2, folder) == state.position
+    assert state.position_for(3, folder) == Position(1, 512, 0, 640, (514, 519, 570))
+    between = State(2, Position(1, 640))
+    assert between.position_for(3, folder) == between.position
 
 
 def record(folder: Path, names: list[str], latest: str) -> str:

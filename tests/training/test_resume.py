@@ -187,12 +187,37 @@ def test_too_many_kills_end_in_one_line_and_fewer_workers_go_on(
     assert summary["resumed"] == [state.step]
     assert run.status() == "FINISHED"
     assert "error" not in run.tags()
-    # The history before is kept, the epochs are as many, and what is seen twice is less than a round.
+    # The history before is kept, the epochs are as many, and no row is seen twice or left out.
     assert [v["epoch"] for v in summary["validations"]] == list(range(1, 7))
-    assert 0 <= summary["rows"] - 6 * 480 < 2 * settings.training.shuffle_rows
+    assert summary["rows"] == 6 * 480
     assert summary["history"][: len(state.history)] == state.history
     assert summary["history"][-1]["epoch"] == pytest.approx(6)
     assert_one_curve(run, summary)
+
+
+@pytest.mark.slow
+def test_a_run_that_only_lacks_its_export_is_not_trained_again(
+    ray_cluster: None, storage: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(tiny_base, epochs=2, keep_checkpoints=2, checkpoint_every="validation")
+    dataset = make_dataset(settings, rows=120)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.training.fit.export", interrupted)
+        with pytest.raises(KeyboardInterrupt), tracking.start_run("finetune", settings) as run:  # noqa: PT012
+            run.tag(dataset=dataset.fingerprint)
+            fit(settings, dataset, run)
+    assert run.status() == "KILLED"
+    state = checkpoints.latest_state(checkpoints.run_folder(run.ref))
+    assert len(checkpoints.committed(checkpoints.run_folder(run.ref))) == 2
+    again = train(settings, dataset, run)
+    assert again.summary["resumed"] == [state.step]
+    assert again.summary["steps"] == state.step
+    assert again.summary["history"] == state.history
+    assert files.published(run.ref.model_uri)
 
 
 DISK_MIB = 8

@@ -16,13 +16,13 @@ from ray.data.datasource import ReadTask
 
 from lib import storage as files
 from lib.training.checkpoints import Position
-from lib.training.windows import Round, Windows, deal, read_rows, rounds, shards_of
+from lib.training.windows import ROW, Round, Windows, deal, read_rows, rounds, shards_of
 
 SIZES = st.tuples(st.integers(1, 400), st.integers(1, 3), st.integers(1, 5), st.integers(1, 90))
 
 
 def rows_of(coming: list[Round], world: int) -> list[int]:
-    return [row for r in coming for row in range(r.start, r.start + r.rows * world)]
+    return [row for r in coming for index in range(world) for row in r.window(index)]
 
 
 @given(SIZES)
@@ -45,20 +45,29 @@ def test_entered_anywhere_it_goes_on_as_it_would_have(sizes: tuple[int, int, int
     at %= len(coming)
     inside = Position(coming[at].epoch, coming[at].start, steps=3)
     assert list(rounds(total, epochs, world, shuffle_rows, inside)) == coming[at:]
-    assert list(rounds(total, epochs, world, shuffle_rows, coming[at].after(world))) == coming[at + 1 :]
+    assert list(rounds(total, epochs, world, shuffle_rows, coming[at].after())) == coming[at + 1 :]
 
 
-@given(SIZES, st.integers(1, 5), st.integers(0, 10_000))
+@given(SIZES, st.integers(1, 5), st.integers(0, 10_000), st.data())
 def test_another_number_of_workers_sees_the_rest_of_the_epoch(
-    sizes: tuple[int, int, int, int], other: int, at: int
+    sizes: tuple[int, int, int, int], other: int, at: int, data: st.DataObject
 ) -> None:
     total, _, world, shuffle_rows = sizes
     coming = list(rounds(total, 1, world, shuffle_rows, Position()))
     if not coming:
         return
-    begin = Position(0, coming[at % len(coming)].start)
-    rest = rows_of(list(rounds(total, 1, other, shuffle_rows, begin)), other)
-    assert rest == list(range(begin.start, begin.start + (total - begin.start) // other * other))
+    begun = coming[at % len(coming)]
+    left = tuple(sorted(data.draw(st.sets(st.sampled_from(rows_of([begun], world)), min_size=1))))
+    begin = Position(0, begun.start, 0, begun.following, left)
+    rest = list(rounds(total, 1, other, shuffle_rows, begin))
+    expected = [*left, *left[-1:] * (other - len(left))]  # so that each worker has a row
+    expected = expected[: len(expected) // other * other]
+    following = range(begun.following, begun.following + (total - begun.following) // other * other)
+    assert rows_of(rest, other) == [*expected, *following]
+    assert [r.ends_epoch for r in rest] == [False] * (len(rest) - 1) + [True]
+    # Killed once more inside the rows that were left, it meets the same rounds again.
+    again = Position(0, begun.start, 2, rest[0].following, rest[0].left)
+    assert list(rounds(total, 1, other, shuffle_rows, again)) == rest
 
 
 def write_shards(folder: Path, sizes: list[int]) -> list[str]:
@@ -75,9 +84,10 @@ def test_rows_are_read_across_row_groups_and_files(tmp_path: Path) -> None:
     shards = shards_of(write_shards(tmp_path, [10, 1, 23, 8]))
     assert [s.bounds for s in shards] == [(0, 7, 10), (10, 11), (11, 18, 25, 32, 34), (34, 41, 42)]
     for start, stop in [(0, 42), (0, 1), (6, 8), (9, 12), (10, 11), (13, 40), (33, 35), (41, 42)]:
-        table = read_rows(shards, start, stop, ["length"])
-        assert table.column_names == ["length"]
-        assert table["length"].to_pylist() == list(range(start, stop))
+        for rows in (range(start, stop), range(start, stop, 3)):
+            table = read_rows(shards, rows, ["length"])
+            assert table.column_names == ["length", ROW]
+            assert table["length"].to_pylist() == table[ROW].to_pylist() == list(rows)
 
 
 class Late(Windows):
@@ -103,14 +113,13 @@ def test_the_streaming_split_deals_as_planned_whatever_read_is_late(
 ) -> None:
     world, shuffle_rows = 3, 5
     shards = shards_of(write_shards(tmp_path, [31, 2, 40]))
-    for begin in (Position(), Position(1, 15, 2)):
+    for begin in (Position(), Position(1, 15, 2), Position(1, 15, 0, 30, (16, 19, 20, 27, 28, 29))):
         coming = list(rounds(73, 3, world, shuffle_rows, begin))
         source = Late(shards, coming, world, ["length"])
         with ThreadPoolExecutor(world) as pool:
             dealt = list(pool.map(blocks, deal(source, world)))
         for rank in range(world):
-            starts = [(r.start + rank * r.rows, r.rows) for r in coming]
-            assert dealt[rank] == [list(range(start, start + rows)) for start, rows in starts]
+            assert dealt[rank] == [list(r.window(rank)) for r in coming]
 
 
 def blocks(shard: object) -> list[list[int]]:
