@@ -12,14 +12,17 @@ import tempfile
 from pathlib import Path
 
 from lib import tracking
-from lib.command import connect, main
+from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
+from lib.planner.check import check
 from lib.settings import Settings
 
 
 def finetune(settings: Settings) -> None:
     dataset = plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
+    if joins_this_machine() and not settings.training.ignore_plan:
+        check(settings)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
     from lib.training import curves
