@@ -205,11 +205,7 @@ def _recommend(
     )
     if len(in_time) > 1 and in_time[1].step:
         more = _effort(in_time[1])[0] / _effort(best)[0] - 1
-        why += (
-            f"; the next takes {100 * more:.1f}% more"
-            if more > 0.0005
-            else "; others cost the same and are less simple"
-        )
+        why += f"; the next takes {more:.1%} more" if more > 0.0005 else "; the next takes as much"
     return best, why
 
 
