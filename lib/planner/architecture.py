@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from lib.base_models import HUB_ID, base_directory
 from lib.errors import ConfigError, ModelError, nearest
 from lib.samples import is_sample, sample_path
 
+# glibc's DEFAULT_MMAP_THRESHOLD_MAX in elements of fp32: what is smaller comes from its heap (mallopt(3)).
+HEAP_LIMIT = 32 * 2**20 // 4
 # Longer than any header there is; what is above is not a safetensors file.
 HEADER_LIMIT = 100_000_000
 # Tensors of the head that a model was pretrained with: a classifier puts its own in their place.
@@ -42,6 +45,8 @@ class Architecture:
     """Parameters that are looked up and not multiplied with: embeddings, unless they serve as the output too."""
     largest: int
     """Parameters of the module that has most of its own, as DeepSpeed's estimator counts them."""
+    small: int
+    """Parameters in tensors of less than 32 MiB in fp32."""
     gated: bool
     """Feed-forward of three matrices (SwiGLU, Shazeer 2020) instead of two."""
     rms_norm: bool
@@ -71,9 +76,10 @@ def llama(
 ) -> Architecture:
     """A decoder with RMSNorm, rotary positions, SwiGLU and no biases (Touvron et al. 2023)."""
     head_width = width // heads
-    attention = 2 * width * heads * head_width + 2 * width * key_value_heads * head_width
-    each = attention + 3 * width * inner + 2 * width
     embedding = vocabulary * width
+    queries, keys = width * heads * head_width, width * key_value_heads * head_width
+    tensors = [*[queries, queries, keys, keys, *[width * inner] * 3, width, width] * layers, width]
+    tensors += [embedding] if tied else [embedding, embedding]
     return Architecture(
         name=name,
         layers=layers,
@@ -83,9 +89,10 @@ def llama(
         head_width=head_width,
         inner=inner,
         vocabulary=vocabulary,
-        parameters=layers * each + width + embedding * (1 if tied else 2),
+        parameters=sum(tensors),
         lookups=0 if tied else embedding,
-        largest=max(embedding, width * inner),
+        largest=max(tensors),
+        small=_small(tensors),
         gated=True,
         rms_norm=True,
         dropout=False,
@@ -99,8 +106,9 @@ def bert(
 ) -> Architecture:
     """An encoder with LayerNorm, learned positions, biases and a pooler (Devlin et al. 2019), to classify with."""
     inner = 4 * width
-    each = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
-    lookups = (vocabulary + positions + 2) * width
+    each = [*[width * width, width] * 4, width * inner, inner, width * inner, *[width] * 5]
+    embeddings = [vocabulary * width, positions * width, 2 * width]
+    tensors = [*embeddings, width, width, *each * layers, width * width, width]
     return Architecture(
         name=name,
         layers=layers,
@@ -110,15 +118,20 @@ def bert(
         head_width=width // heads,
         inner=inner,
         vocabulary=vocabulary,
-        parameters=lookups + 2 * width + layers * each + width * width + width,
-        lookups=lookups,
+        parameters=sum(tensors),
+        lookups=sum(embeddings),
         largest=vocabulary * width,
+        small=_small(tensors),
         gated=False,
         rms_norm=False,
         dropout=True,
         causal=False,
         vocabulary_head=False,
     )
+
+
+def _small(sizes: Iterable[int]) -> int:
+    return sum(size for size in sizes if size < HEAP_LIMIT)
 
 
 # Llama 2: Touvron et al. 2023, table 1 and the released configurations; Llama 3: Grattafiori et al. 2024, table 3.
@@ -256,6 +269,7 @@ def _architecture(
         parameters=sum(math.prod(s) for s in tensors.values()),
         lookups=lookups,
         largest=max(modules.values()),
+        small=_small(math.prod(s) for s in tensors.values()),
         # ModernBERT keeps both branches in one matrix, `Wi`.
         gated=any(".gate_proj." in n or ".mlp.Wi." in n or ".gate_up_proj." in n for n in tensors),
         rms_norm="rms_norm_eps" in config,

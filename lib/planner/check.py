@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from lib.errors import ResourceError
 from lib.planner import hardware, layouts, memory
@@ -23,6 +24,7 @@ SHOWN = {
     "logits": "logits",
     "gathered": "gathered parameters",
     "buffers": "buffers",
+    "heap": "heap of the loaded model",
     "libraries": "libraries",
 }
 
@@ -69,7 +71,7 @@ def _refusal(model: Architecture, used: Memory, machine: Accelerator) -> str:
 def _mends(model: Architecture, layout: Layout, machine: Accelerator) -> Iterator[tuple[str, int]]:
     """Of each key that could be changed alone, the nearest value that fits."""
 
-    def fits(**changed: int) -> bool:
+    def fits(**changed: Any) -> bool:
         return _needed(memory.plan(model, replace(layout, **changed))) <= machine.memory
 
     for stage in range(layout.zero_stage + 1, 4):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lib.errors import ConfigError, nearest
-from lib.planner import architecture, hardware, memory, time
+from lib.planner import architecture, hardware, memory, timing
 from lib.planner.architecture import Architecture
 from lib.planner.hardware import Accelerator
 from lib.planner.memory import GIB, Layout, Memory
@@ -30,9 +30,9 @@ class Estimate:
     """A layout that fits an accelerator."""
 
     memory: Memory
-    step: time.Step | None
+    step: timing.Step | None
     """None when the accelerator's rates are not known."""
-    run: time.Run | None
+    run: timing.Run | None
     """None when it is not known how many tokens there are."""
 
     @property
@@ -150,7 +150,7 @@ def fits(used: Memory, accelerator: Accelerator, host: float) -> bool:
 
 def _judge(model: Architecture, settings: Settings, tokens: int | None, accelerator: Accelerator) -> Judged:
     wanted, training = settings.plan, settings.training
-    rates = time.Rates(wanted.mfu, wanted.network_gb_s * 1e9, wanted.storage_gb_s * 1e9)
+    rates = timing.Rates(wanted.mfu, wanted.network_gb_s * 1e9, wanted.storage_gb_s * 1e9)
     host = wanted.host_memory_gib * GIB
     every = list(candidates(model, settings, gpu=accelerator.gpu))
     estimates = []
@@ -159,13 +159,13 @@ def _judge(model: Architecture, settings: Settings, tokens: int | None, accelera
         used = next((m for m in (candidate.plain, candidate.recomputed) if fits(m, accelerator, host)), None)
         if used is None:
             continue
-        one = time.step(model, used.layout, accelerator, rates)
+        one = timing.step(model, used.layout, accelerator, rates)
         whole = None
         if one is not None and tokens is not None:
             seen = tokens * training.epochs
             if training.max_steps:
                 seen = min(seen, training.max_steps * one.tokens)
-            whole = time.run(one, seen, used.layout.workers, wanted.price.get(accelerator.name))
+            whole = timing.run(one, seen, used.layout.workers, wanted.price.get(accelerator.name))
         estimates.append(Estimate(used, one, whole))
     recommended, reason = _recommend(every, estimates, accelerator, host, wanted.max_hours)
     return Judged(accelerator, every, estimates, recommended, reason)

@@ -19,6 +19,10 @@ neither buckets nor activations nor the parameters that ZeRO-3 keeps gathered, w
 
 In fp32 parameters and gradients take 4 bytes; ZeRO-0 then has no copies, ZeRO-1 to 3 still copy their part.
 
+Without a GPU what counts is what the process holds. glibc keeps freed blocks of less than 32 MiB for what comes
+next instead of giving them back, so the fp32 model that was loaded stays as `heap`, once its tensors have moved
+into the large flat buffers of ZeRO-1 to 3, as far as activations do not fill it again.
+
 Not every part is there at once, so a peak is the largest phase, not the sum of all parts:
 
     forward      the forward pass has ended: activations and logits
@@ -53,6 +57,7 @@ PARTS = (
     "gathered",
     "buffers",
     "slack",
+    "heap",
     "libraries",
 )
 # `lib.training.zero.config` asks for buckets of the model's size, and of this many elements at most.
@@ -232,6 +237,8 @@ def _phases(model: Architecture, layout: Layout) -> Iterator[Phase]:
 
     def phase(name: str, **parts: int) -> Phase:
         names = {part.replace("_", " "): value for part, value in parts.items() if value}
+        if not layout.gpu and stage > 0:
+            names["heap"] = max(0, 4 * model.small - names.get("activations", 0))
         return Phase(name, {part: device.get(part, 0) + names.get(part, 0) for part in PARTS}, host)
 
     kept = activations.forward(
@@ -303,12 +310,14 @@ def _gathered(model: Architecture, layout: Layout, depth: float = 1.0) -> int:
     """Bytes of the parameters that ZeRO-3 holds whole, after a share `depth` of the forward pass.
 
     A parameter is kept from its forward to its backward use when fewer than REUSE parameters lie between
-    them: the last REUSE / 2 of the model. The largest module and what is gathered ahead come on top.
+    them: the last REUSE / 2 of the model. The largest module and what is gathered ahead come on top. A gather
+    fills a flat buffer from which parameters are then copied; gloo has one more of its own.
     """
     if layout.zero_stage < 3:
         return 0
-    whole = min(model.parameters * depth, REUSE / 2)
-    return layout.p * min(int(whole + model.largest + PREFETCH), model.parameters)
+    whole = min(int(min(model.parameters * depth, REUSE / 2) + model.largest + PREFETCH), model.parameters)
+    flat = min(max(model.largest, PREFETCH), model.parameters)
+    return layout.p * (whole + flat * (1 if layout.gpu else 2))
 
 
 def _step(model: Architecture, layout: Layout, size: Sizes) -> Parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lib.planner import activations, time
+from lib.planner import activations, timing
 from lib.planner.hardware import USABLE
 from lib.planner.layouts import Candidate, Estimate, Judged, Report, fits
 from lib.planner.memory import GIB, Layout, load
@@ -46,7 +46,7 @@ def _head(report: Report) -> str:
         lines.append("training tokens: not known before python -m jobs.preprocess; plan.tokens gives them")
     else:
         steps = f", {training.max_steps:,} steps at most" if training.max_steps else ""
-        lines.append(f"training tokens: {report.tokens:,} in an epoch, {training.epochs} epochs{steps}")
+        lines.append(f"training tokens: {report.tokens:,} in an epoch, epochs: {training.epochs}{steps}")
     return "\n".join(lines)
 
 
@@ -126,7 +126,7 @@ def _time_row(report: Report, estimate: Estimate) -> list[str]:
         whole = estimate.run
         row += [f"{whole.steps:,}", figure(whole.seconds / 3600), figure(whole.gpu_hours)]
         row += [] if whole.cost is None else [f"{whole.cost:,.2f}"]
-    size = time.checkpoint(report.model, one)
+    size = timing.checkpoint(report.model, one)
     return [*row, gib(size), figure(size / (report.settings.plan.storage_gb_s * 1e9))]
 
 

@@ -5,9 +5,9 @@
 A random model of SmolLM2-135M's shape (134.5 M parameters, so that its states outweigh the rest) is trained
 for a few steps by two Ray Train workers through `lib.training.zero`, the code that `jobs.finetune` runs.
 Measured is what a worker's process holds (resident memory, read from the kernel) above what it held before
-it had a model: at most while it loads and while it steps, Adam's moments being there. Planned is the same
+it had that model, a tiny one trained and gone: at most while it loads and while it steps, Adam's moments being there. Planned is the same
 layout's largest phase, without libraries and without the validation that is not run here. A checkpoint is
-written and its size compared too. `agreement` is 1 - |planned / measured - 1|, to be 0.85 at least.
+written and its size compared too, and what a worker sends in a step. `agreement` is 1 - |planned / measured - 1|, to be 0.85 at least.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from typing import Any
 
 import psutil
 
-from lib.planner import architecture, memory, time
+from lib.planner import architecture, memory, timing
 from lib.planner.architecture import Architecture
 from lib.planner.memory import GIB, HOST_LIBRARIES, Layout
 from lib.settings import TrainingSettings
 from tests.bench.report import Report
 
 AGREEMENT = 0.85
-STEPS = 2
+# DeepSpeed learns the order of ZeRO-3's parameters from the second and goes by it from the third.
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,43 @@ class Measured:
     """Bytes of one worker's process."""
 
     baseline: int
-    """Before there is a model: Python, torch, transformers, DeepSpeed, Ray."""
+    """Before there is a model: Python, torch, transformers, DeepSpeed, Ray, each used once."""
     loading: int
-    """At most while the model and the engine are made."""
+    """At most while the model is built."""
     stepping: int
     """At most in steps after the first."""
     between: int
     """Of all tensors that are alive between two steps."""
     checkpoint: int
     """Of the files that this worker wrote."""
+    sent: int
+    """By this worker in the last step, as ring algorithms send."""
+
+
+class Sent:
+    """Counts what the collective operations of torch.distributed send (`timing.volume` has the factors)."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.bytes = 0.0
+        world = dist.get_world_size()
+        ring = (world - 1) / world
+        # Name → the argument that holds the whole tensor, its position, and how often it goes around.
+        for name, whole, position, times in (
+            ("all_reduce", "tensor", 0, 2),
+            ("all_gather_into_tensor", "output_tensor", 0, 1),
+            ("reduce_scatter_tensor", "input", 1, 1),
+        ):
+            setattr(dist, name, self._counted(getattr(dist, name), whole, position, times * ring))
+
+    def _counted(self, collective: Any, whole: str, position: int, factor: float) -> Any:
+        def call(*tensors: Any, **more: Any) -> Any:
+            tensor = more[whole] if whole in more else tensors[position]
+            self.bytes += factor * tensor.numel() * tensor.element_size()
+            return collective(*tensors, **more)
+
+        return call
 
 
 def peak_resident(reset: bool = False) -> int:
@@ -88,48 +117,54 @@ def build(shape: Architecture) -> Any:
     )
 
 
-def worker(config: dict[str, Any]) -> list[Measured]:
-    """Train some steps; what every worker measured."""
-    import deepspeed
+def train(engine: Any, vocabulary: int, layout: Layout) -> None:
+    """One optimiser step on random tokens."""
+    import torch
+
+    for _ in range(layout.accumulation):
+        ids = torch.randint(0, vocabulary, (layout.tokens // layout.sequence, layout.sequence))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+
+
+def worker(config: dict[str, Any]) -> list[dict[str, int]]:
+    """Train some steps; the fields of `Measured` for every worker."""
     import torch
     import torch.distributed as dist
-    import transformers
 
     from lib.training import loop, zero
 
-    # All that a worker of a real run imports.
-    assert all((deepspeed, loop, transformers.LlamaForCausalLM))
+    assert loop  # a worker of a real run imports it
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape, layout = Architecture(**config["shape"]), Layout(**config["layout"])
     training = TrainingSettings(zero_stage=layout.zero_stage, precision=layout.precision)  # type: ignore[arg-type]
-    warm = torch.ones(64, 64, requires_grad=True)
-    (warm @ warm).sum().backward()
-    dist.barrier()
+    # Libraries load much of themselves when they are first used: that is theirs, not the model's.
+    tiny = zero.initialize(build(architecture.llama("tiny", 1, 64, 2, 2, 64, 64)), training)
+    train(tiny, 64, layout)
+    tiny.destroy()
+    del tiny
     known = tensor_bytes()
     baseline = psutil.Process().memory_info().rss
     peak_resident(reset=True)
-    engine = zero.initialize(build(shape), training)
+    model = build(shape)
     loading = peak_resident(reset=True)
-
-    rows = layout.tokens // layout.sequence
-    for number in range(1 + STEPS):
-        for _ in range(layout.accumulation):
-            ids = torch.randint(0, shape.vocabulary, (rows, layout.sequence))
-            loss = engine(input_ids=ids, labels=ids).loss
-            engine.backward(loss, scale_wrt_gas=False)
-            del loss
-        engine.step()
+    sent = Sent()
+    engine = zero.initialize(model, training)
+    for number in range(STEPS):
+        sent.bytes = 0
+        train(engine, shape.vocabulary, layout)
         if number == 0:  # Adam's moments are made by the first
             peak_resident(reset=True)
-    stepping = peak_resident()
-    del ids
+    stepping, last = peak_resident(), int(sent.bytes)
     between = tensor_bytes() - known
     with tempfile.TemporaryDirectory() as folder:
         zero.save(engine, folder, {})
         written = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, Measured(baseline, loading, stepping, between, written))
+    mine = {"baseline": baseline, "loading": loading, "stepping": stepping, "between": between}
+    dist.all_gather_object(everyone, mine | {"checkpoint": written, "sent": last})
     return everyone
 
 
@@ -150,8 +185,7 @@ def measure(shape: Architecture, layout: Layout, folder: str) -> list[Measured]:
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(storage_path=folder, worker_runtime_env={"env_vars": environment}),
     )
-    found: list[Measured] = trainer.fit().return_value
-    return found
+    return [Measured(**fields) for fields in trainer.fit().return_value]
 
 
 def planned_stepping(shape: Architecture, layout: Layout) -> memory.Phase:
@@ -188,7 +222,8 @@ def compare(report: Report, shape: Architecture, layout: Layout, measured: list[
             largest.stepping - largest.baseline,
         ),
         "loading": (used.load - HOST_LIBRARIES, max(m.loading - m.baseline for m in measured)),
-        "checkpoint": (time.checkpoint(shape, layout), sum(m.checkpoint for m in measured)),
+        "checkpoint": (timing.checkpoint(shape, layout), sum(m.checkpoint for m in measured)),
+        "sent": (sum(timing.volume(shape, layout).values()), max(m.sent for m in measured)),
     }
     for what, (ours, theirs) in pairs.items():
         report.row(f"{case}: {what}", ours / GIB, rival="measured", theirs=theirs / GIB, unit="GiB")
@@ -198,7 +233,7 @@ def compare(report: Report, shape: Architecture, layout: Layout, measured: list[
     report.row(
         f"{case}: libraries", HOST_LIBRARIES / GIB, rival="measured", theirs=libraries / GIB, unit="GiB"
     )
-    print(report.table().splitlines()[-1], file=sys.stderr)
+    print(f"{case}: measured", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,30 @@ def test_a_host_without_gpus_holds_every_worker() -> None:
     assert memory.plan(SEVEN, Layout(3, 2, 2, gpu=False)).host >= 2 * 4 * SEVEN.parameters
 
 
+def test_a_host_keeps_the_heap_of_the_loaded_model() -> None:
+    small = architecture.named("smollm2-135m")
+    # All but the embedding, whose tensor is above glibc's limit.
+    assert small.small == small.parameters - small.vocabulary * small.width
+    assert SEVEN.small == 65 * SEVEN.width
+    for stage in range(4):
+        here = memory.plan(small, Layout(stage, 2, 2, tokens=256, sequence=128, gpu=False))
+        kept = {phase.name: phase.device["heap"] for phase in here.phases}
+        assert kept["step"] == (4 * small.small if stage else 0)
+        # Activations are put into it.
+        forward = here.phases[0].device
+        assert kept["forward"] == (max(0, 4 * small.small - forward["activations"]) if stage else 0)
+        assert memory.plan(small, Layout(stage, 2)).part("heap") == 0
+
+
+def test_zero_3_gathers_what_is_used_again_soon() -> None:
+    small, large = architecture.named("smollm2-135m"), architecture.named("llama-70b")
+    # A small model stays whole between its two uses; beside it a buffer that gathers ahead.
+    assert memory.plan(small, Layout(3, 8)).part("gathered") == 2 * (small.parameters + memory.PREFETCH)
+    expected = memory.REUSE // 2 + large.largest + memory.PREFETCH + large.largest
+    assert memory.plan(large, Layout(3, 8)).part("gathered") == 2 * expected
+    assert memory.plan(large, Layout(2, 8)).part("gathered") == 0
+
+
 @pytest.mark.parametrize(("stage", "offload"), [(0, "optimizer"), (1, "all"), (2, "all")])
 def test_what_deepspeed_does_not_have_is_refused(stage: int, offload: memory.Offload) -> None:
     with pytest.raises(ValueError, match="offload"):
