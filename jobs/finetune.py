@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 
 from lib import tracking
-from lib.command import connect, main
+from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
+from lib.planner.check import check
 from lib.settings import Settings
 from lib.training import resume
 
@@ -28,6 +29,8 @@ def finetune(settings: Settings) -> None:
     training, dataset = settings.training, plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
     resumed = resume.find(settings, dataset)
+    if joins_this_machine() and not settings.training.ignore_plan:
+        check(settings)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
     from lib.training import curves

@@ -113,6 +113,13 @@ def connect() -> None:
         ) from error
 
 
+def joins_this_machine() -> bool:
+    """Whether `connect` joins or starts a Ray on this machine, as far as can be told without asking one."""
+    address = os.environ.get("RAY_ADDRESS") or ""
+    host = address.rpartition("://")[2].rpartition(":")[0]
+    return not address or host in ("127.0.0.1", "localhost")
+
+
 def running_cluster() -> dict[str, Any]:
     """What `cluster.local up` wrote about the cluster that it keeps running; empty when there is none."""
     with suppress(FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):

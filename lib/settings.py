@@ -10,10 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from lib.errors import ConfigError, nearest
 
@@ -34,6 +42,13 @@ RESERVED_COLUMNS = {
     "truncated",
     "row",
 }
+
+
+Item = TypeVar("Item")
+# One value or a list of them, as a list: `--plan.workers 8` and `--plan.workers "[4, 8]"`.
+Listed = Annotated[
+    list[Item], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, (list, tuple)) else [v])
+]
 
 
 class Section(BaseModel):
@@ -231,6 +246,8 @@ class TrainingSettings(Section):
     resume: str | None = None
     """Id of a run to go on with, or `auto`: the latest unfinished run of this configuration, else a new one."""
     seed: int = 0
+    ignore_plan: bool = False
+    """Train even where the planner says that this machine's memory cannot hold it."""
 
     @field_validator("workers")
     @classmethod
@@ -338,6 +355,44 @@ class PromotionSettings(Section):
     """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
 
 
+class PlanSettings(Section):
+    """What `jobs.plan` weighs up, and what it assumes. One value may stand where a list is asked for."""
+
+    architecture: str | None = None
+    """A model by name, such as `llama-7b`; None takes the shape of `model.base`."""
+    head: Literal["auto", "vocabulary", "classes"] = "auto"
+    """What the model ends in; auto: the vocabulary for the task `chat` and for a named decoder, else classes."""
+    accelerator: Listed[str] = ["this", "t4", "l4", "a10g", "a100-40", "a100-80", "h100", "h200"]
+    """Names of accelerators; `this` is the present machine."""
+    workers: Listed[Positive] = [1, 2, 4, 8]
+    zero_stage: Listed[Literal[0, 1, 2, 3]] = [0, 1, 2, 3]
+    offload: Listed[Literal["none", "optimizer", "all"]] = ["none", "optimizer", "all"]
+    """What lies in the host's memory: nothing, optimiser states, or in ZeRO-3 parameters too."""
+    workers_per_host: Positive = 8
+    host_memory_gib: Annotated[float, Field(gt=0)] = 1024
+    """Memory of a host that has accelerators."""
+    zero_init: bool = False
+    """In ZeRO-3 each rank reads its own part of the model instead of building all of it."""
+    sequence: Positive | None = None
+    """Tokens in a sequence; None takes `model.max_length`."""
+    tokens: Positive | None = None
+    """Training tokens in one epoch; None takes those of the dataset."""
+    trainable: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the parameters that is trained."""
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Model FLOPs utilisation: the share of the peak that training reaches."""
+    network_gb_s: Annotated[float, Field(gt=0)] = 50
+    """Gigabytes a second between two hosts."""
+    storage_gb_s: Annotated[float, Field(gt=0)] = 1
+    """Gigabytes a second that all workers together write to storage."""
+    price: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Accelerator → price of one for an hour."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Recommend only what ends by then."""
+    measure: bool = False
+    """Measure this machine's matrix products and memory for some seconds, so that its times can be told."""
+
+
 class ServingSettings(Section):
     """How the champion answers (`serve.deploy`)."""
 
@@ -386,6 +441,7 @@ class Settings(Section):
     tuning: TuningSettings = TuningSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     promotion: PromotionSettings = PromotionSettings()
+    plan: PlanSettings = PlanSettings()
     serving: ServingSettings = ServingSettings()
 
     @field_validator("task")

@@ -19,6 +19,7 @@ FREE = {
     "keep_checkpoints",
     "max_failures",
     "log_every",
+    "ignore_plan",
 }
 
 

@@ -194,7 +194,8 @@ def test_pipeline_stops_at_the_first_stage_that_fails(copy: Copy) -> None:
 
 
 def test_more_workers_than_slots(copy: Copy) -> None:
-    done = copy.module("jobs.finetune", "--config", "mine.yaml", "--training.workers", "99")
+    words = ("--training.workers", "99", "--training.ignore_plan", "true")
+    done = copy.module("jobs.finetune", "--config", "mine.yaml", *words)
     assert done.returncode == 2
     assert "training.workers 99 need 50.5 CPU slots" in done.stderr
 

@@ -1,0 +1,42 @@
+"""Will it fit, how long does it take, what does it cost: told without starting anything.
+
+    python -m jobs.plan --config jobs/configs/reviews.yaml [--plan.accelerator h100 --plan.workers "[1, 8]" ...]
+    python -m jobs.plan --config jobs/configs/reviews.yaml --plan.architecture llama-70b --plan.tokens 1000000000
+
+For each ZeRO stage, offload and number of workers: memory by part, whether it fits, step time, time and cost
+of the run, checkpoints, and the cheapest layout that fits. Reads config.json and the headers of the weights,
+and the dataset's manifest when there is one. Formulas and assumptions: lib/planner/*.py, docs/planning.md.
+"""
+
+from __future__ import annotations
+
+from lib.command import main
+from lib.data.plan import plan as dataset_plan
+from lib.errors import WhorlError
+from lib.planner.layouts import report
+from lib.planner.tables import render
+from lib.settings import Settings
+
+
+def plan(settings: Settings) -> None:
+    print(render(report(settings, training_tokens(settings))))
+
+
+def training_tokens(settings: Settings) -> int | None:
+    """Tokens of one epoch: `plan.tokens`, else what the manifest counts, else None."""
+    if settings.plan.tokens is not None:
+        return settings.plan.tokens
+    if settings.plan.architecture:  # the dataset belongs to another model
+        return None
+    try:
+        dataset = dataset_plan(settings).ref
+    except WhorlError:  # no source yet; jobs.preprocess says what is wrong with it
+        return None
+    if not dataset.exists():
+        return None
+    tokens: int | None = dataset.manifest()["splits"]["train"].get("tokens")
+    return tokens
+
+
+if __name__ == "__main__":
+    main(plan)

@@ -1,0 +1,240 @@
+"""Memory of a Train worker beside what the planner says, for every ZeRO stage.
+
+    make bench-memory
+
+A random model of SmolLM2-135M's shape (134.5 M parameters, so that its states outweigh the rest) is trained
+for a few steps by two Ray Train workers through `lib.training.zero`, the code that `jobs.finetune` runs.
+Measured is what a worker's process holds (resident memory, read from the kernel) above what it held before
+it had that model, a tiny one trained and gone: at most while it loads and while it steps, Adam's moments being there. Planned is the same
+layout's largest phase, without libraries and without the validation that is not run here. A checkpoint is
+written and its size compared too, and what a worker sends in a step. `agreement` is 1 - |planned / measured - 1|, to be 0.85 at least.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lib.planner import architecture, memory, timing
+from lib.planner.architecture import Architecture
+from lib.planner.memory import GIB, HOST_LIBRARIES, Layout
+from lib.settings import TrainingSettings
+from tests.bench.report import Report
+
+AGREEMENT = 0.85
+# DeepSpeed learns the order of ZeRO-3's parameters from the second and goes by it from the third.
+STEPS = 4
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Bytes of one worker's process."""
+
+    baseline: int
+    """Before there is a model: Python, torch, transformers, DeepSpeed, Ray, each used once."""
+    loading: int
+    """At most while the model is built."""
+    stepping: int
+    """At most in steps after the first."""
+    between: int
+    """Of all tensors that are alive between two steps."""
+    checkpoint: int
+    """Of the files that this worker wrote."""
+    sent: int
+    """By this worker in the last step, as ring algorithms send."""
+
+
+class Sent:
+    """Counts what the collective operations of torch.distributed send (`timing.volume` has the factors)."""
+
+    def __init__(self) -> None:
+        import torch.distributed as dist
+
+        self.bytes = 0.0
+        world = dist.get_world_size()
+        ring = (world - 1) / world
+        # Name → the argument that holds the whole tensor, its position, and how often it goes around.
+        for name, whole, position, times in (
+            ("all_reduce", "tensor", 0, 2),
+            ("all_gather_into_tensor", "output_tensor", 0, 1),
+            ("reduce_scatter_tensor", "input", 1, 1),
+        ):
+            setattr(dist, name, self._counted(getattr(dist, name), whole, position, times * ring))
+
+    def _counted(self, collective: Any, whole: str, position: int, factor: float) -> Any:
+        def call(*tensors: Any, **more: Any) -> Any:
+            tensor = more[whole] if whole in more else tensors[position]
+            self.bytes += factor * tensor.numel() * tensor.element_size()
+            return collective(*tensors, **more)
+
+        return call
+
+
+def peak_resident(reset: bool = False) -> int:
+    """The most that this process held since the last reset (proc(5): VmHWM, clear_refs)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * peak
+
+
+def tensor_bytes() -> int:
+    """Bytes of all storages behind the tensors that are alive."""
+    import torch
+
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def build(shape: Architecture) -> Any:
+    """A random decoder of that shape, in fp32."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=shape.vocabulary,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_value_heads,
+            intermediate_size=shape.inner,
+            tie_word_embeddings=shape.lookups == 0,
+            use_cache=False,
+        )
+    )
+
+
+def train(engine: Any, vocabulary: int, layout: Layout) -> None:
+    """One optimiser step on random tokens."""
+    import torch
+
+    for _ in range(layout.accumulation):
+        ids = torch.randint(0, vocabulary, (layout.tokens // layout.sequence, layout.sequence))
+        loss = engine(input_ids=ids, labels=ids).loss
+        engine.backward(loss, scale_wrt_gas=False)
+    engine.step()
+
+
+def worker(config: dict[str, Any]) -> list[dict[str, int]]:
+    """Train some steps; the fields of `Measured` for every worker."""
+    import torch
+    import torch.distributed as dist
+
+    from lib.training import loop, zero
+
+    assert loop  # a worker of a real run imports it
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    shape, layout = Architecture(**config["shape"]), Layout(**config["layout"])
+    training = TrainingSettings(zero_stage=layout.zero_stage, precision=layout.precision)  # type: ignore[arg-type]
+    # Libraries load much of themselves when they are first used: that is theirs, not the model's.
+    tiny = zero.initialize(build(architecture.llama("tiny", 1, 64, 2, 2, 64, 64)), training)
+    train(tiny, 64, layout)
+    tiny.destroy()
+    del tiny
+    known = tensor_bytes()
+    baseline = psutil.Process().memory_info().rss
+    peak_resident(reset=True)
+    model = build(shape)
+    loading = peak_resident(reset=True)
+    sent = Sent()
+    engine = zero.initialize(model, training)
+    for number in range(STEPS):
+        sent.bytes = 0
+        train(engine, shape.vocabulary, layout)
+        if number == 0:  # Adam's moments are made by the first
+            peak_resident(reset=True)
+    stepping, last = peak_resident(), int(sent.bytes)
+    between = tensor_bytes() - known
+    with tempfile.TemporaryDirectory() as folder:
+        zero.save(engine, folder, {})
+        written = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+    everyone: list[Any] = [None] * dist.get_world_size()
+    mine = {"baseline": baseline, "loading": loading, "stepping": stepping, "between": between}
+    dist.all_gather_object(everyone, mine | {"checkpoint": written, "sent": last})
+    return everyone
+
+
+def measure(shape: Architecture, layout: Layout, folder: str) -> list[Measured]:
+    """Run `worker` on Ray Train workers; Ray is connected already."""
+    from dataclasses import asdict
+
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    if "HF_HUB_OFFLINE" in os.environ:
+        environment["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config={"shape": asdict(shape), "layout": asdict(layout)},
+        scaling_config=ScalingConfig(num_workers=layout.workers, resources_per_worker={"CPU": 0.5}),
+        torch_config=TorchConfig(backend="gloo"),
+        run_config=RunConfig(storage_path=folder, worker_runtime_env={"env_vars": environment}),
+    )
+    return [Measured(**fields) for fields in trainer.fit().return_value]
+
+
+def planned_stepping(shape: Architecture, layout: Layout) -> memory.Phase:
+    """The largest phase of a step, without validation."""
+    phases = [p for p in memory.plan(shape, layout).phases if p.name != "validate"]
+    return max(phases, key=lambda phase: sum(phase.device.values()))
+
+
+def main() -> None:
+    from lib.command import connect
+
+    connect()
+    report = Report("memory")
+    shape = architecture.named("smollm2-135m")
+    for precision in ("bf16", "fp32"):
+        for stage in range(4):
+            layout = Layout(
+                stage, 2, 2, precision=precision, tokens=256, sequence=128, gpu=False, accumulation=1
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                measured = measure(shape, layout, folder)
+            compare(report, shape, layout, measured)
+    report.finish()
+
+
+def compare(report: Report, shape: Architecture, layout: Layout, measured: list[Measured]) -> None:
+    case = f"ZeRO-{layout.zero_stage} {layout.precision}"
+    phase = planned_stepping(shape, layout)
+    used = memory.plan(shape, layout)
+    largest = max(measured, key=lambda m: m.stepping - m.baseline)
+    pairs = {
+        f"stepping, most in {phase.name}": (
+            sum(phase.device.values()) - HOST_LIBRARIES,
+            largest.stepping - largest.baseline,
+        ),
+        "loading": (used.load - HOST_LIBRARIES, max(m.loading - m.baseline for m in measured)),
+        "checkpoint": (timing.checkpoint(shape, layout), sum(m.checkpoint for m in measured)),
+        "sent": (sum(timing.volume(shape, layout).values()), max(m.sent for m in measured)),
+    }
+    for what, (ours, theirs) in pairs.items():
+        report.row(f"{case}: {what}", ours / GIB, rival="measured", theirs=theirs / GIB, unit="GiB")
+        agreement = 1 - abs(ours / theirs - 1)
+        report.row(f"{case}: {what.split(',')[0]}, agreement", agreement, unit="", target=AGREEMENT)
+    libraries = max(m.baseline for m in measured)
+    report.row(
+        f"{case}: libraries", HOST_LIBRARIES / GIB, rival="measured", theirs=libraries / GIB, unit="GiB"
+    )
+    print(f"{case}: measured", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
