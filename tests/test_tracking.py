@@ -20,7 +20,7 @@ def test_run_holds_configuration_environment_and_metrics(storage: Path) -> None:
         run.log_metrics({"train/loss": 0.25}, step=2)
     found = run.client.get_run(run.ref.id)
     assert found.info.status == "FINISHED"
-    assert found.data.params["training.learning_rate"] == "0.0001"
+    assert found.data.params["training.learning_rate"] == str(SETTINGS.training.learning_rate)
     assert found.data.tags["kind"] == "finetune"
     assert found.data.tags["git_commit"]
     assert [m.value for m in run.client.get_metric_history(run.ref.id, "train/loss")] == [0.5, 0.25]
