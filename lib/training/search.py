@@ -105,8 +105,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
                 metric=settings.training.metric,
                 mode="min" if lower else "max",
                 num_samples=settings.tuning.trials,
-                max_concurrent_trials=concurrent,
-                search_alg=_algorithm(settings),
+                search_alg=_algorithm(settings, concurrent),
                 scheduler=_scheduler(settings),
             ),
             run_config=tune.RunConfig(name="search", storage_path=run.ref.uri, verbose=0),
@@ -168,14 +167,16 @@ def _domain(dimension: Dimension) -> Any:
             return tune.choice(value)
 
 
-def _algorithm(settings: Settings) -> Any:
+def _algorithm(settings: Settings, concurrent: int) -> Any:
     if settings.tuning.algorithm == "random":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=settings.tuning.seed)
+        # Tune's own limit does not reach this one.
+        return BasicVariantGenerator(max_concurrent=concurrent, random_state=settings.tuning.seed)
+    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    return OptunaSearch(seed=settings.tuning.seed)
+    return ConcurrencyLimiter(OptunaSearch(seed=settings.tuning.seed), max_concurrent=concurrent)
 
 
 def _scheduler(settings: Settings) -> Any:

@@ -127,16 +127,17 @@ def test_the_better_learning_rate_wins_and_nothing_is_left(
     settings = with_search(
         settings,
         space={"training.learning_rate": {"choice": [1e-7, 5e-3]}, "training.warmup": {"uniform": [0, 0.2]}},
-        trials=4,
+        trials=3,
         algorithm="random",
+        concurrency=1,
         scheduler="asha",
         reduction=2,
-        seed=3,
+        seed=1,  # draws the good rate, the bad one, the good one
     )
     dataset = make_dataset(settings, rows=160)
     with tracking.start_run("tune", settings) as run:
         found = search(settings, dataset, run)
-    assert len(found.trials) == 4
+    assert len(found.trials) == 3
     rates = [trial.values["training.learning_rate"] for trial in found.trials]
     assert set(rates) == {1e-7, 5e-3}, "the seed draws both"
     assert found.best.values["training.learning_rate"] == 5e-3
@@ -149,7 +150,7 @@ def test_the_better_learning_rate_wins_and_nothing_is_left(
     states = [group["state"] for group in placement_group_table().values()]
     assert [state for state in states if state != "REMOVED"] == []
     children = tracking.children(run.ref.id, "tiny")
-    assert len(children) == 4
+    assert len(children) == 3
     assert {child.status() for child in children} <= {"FINISHED", "KILLED"}
     assert not any(places.exists(child.ref.checkpoints_uri) for child in children)
 
