@@ -71,8 +71,9 @@ def by_parameter(folder: Path, to: Path) -> dict[str, Any]:
             inner = value.get("optimizer_state_dict", {}).get("state", {})
             if 0 in inner:  # stage 3 keeps it here, the others beside each parameter
                 found["step"] = float(inner[0]["step"])
-        else:
-            found[str(file.relative_to(parts))] = value["param"] if isinstance(value, dict) else float(value)
+        else:  # stage 3 writes the bare tensor
+            tensor = value["param"] if isinstance(value, dict) else value
+            found[str(file.relative_to(parts))] = float(value) if file.stem == "step" else tensor
     return found
 
 
