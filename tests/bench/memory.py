@@ -140,6 +140,7 @@ def worker(config: dict[str, Any]) -> list[dict[str, int]]:
     torch.manual_seed(0)
     shape, layout = Architecture(**config["shape"]), Layout(**config["layout"])
     training = TrainingSettings(zero_stage=layout.zero_stage, precision=layout.precision)  # type: ignore[arg-type]
+    sent = Sent()  # before DeepSpeed takes these functions over
     # Libraries load much of themselves when they are first used: that is theirs, not the model's.
     tiny = zero.initialize(build(architecture.llama("tiny", 1, 64, 2, 2, 64, 64)), training)
     train(tiny, 64, layout)
@@ -150,7 +151,6 @@ def worker(config: dict[str, Any]) -> list[dict[str, int]]:
     peak_resident(reset=True)
     model = build(shape)
     loading = peak_resident(reset=True)
-    sent = Sent()
     engine = zero.initialize(model, training)
     for number in range(STEPS):
         sent.bytes = 0
