@@ -132,7 +132,7 @@ def test_the_better_learning_rate_wins_and_nothing_is_left(
         concurrency=1,
         scheduler="asha",
         reduction=2,
-        seed=1,  # draws the good rate, the bad one, the good one
+        seed=3,  # draws the good rate, the bad one, the good one
     )
     dataset = make_dataset(settings, rows=160)
     with tracking.start_run("tune", settings) as run:
