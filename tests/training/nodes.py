@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,10 @@ def main(settings_file: str, fingerprint: str, kind: str) -> None:
         logging_level="warning",
         runtime_env={"env_vars": {name: os.environ[name] for name in names}},
     )
-    seen: dict[str, Any] = {"ended": False}
+    seen: dict[str, Any] = {}
 
-    def kill(folder: str) -> None:
-        while not checkpoints.committed(folder):
+    def kill(folder: str, fitting: Future[Any]) -> None:
+        while not checkpoints.committed(folder) and not fitting.done():
             time.sleep(0.05)
         seen["before"] = [workers_on(node) for node in nodes]
         cluster.remove_node(nodes[1], allow_graceful=False)
@@ -61,16 +61,15 @@ def main(settings_file: str, fingerprint: str, kind: str) -> None:
             nodes[1] = cluster.add_node(num_cpus=NODE_CPUS)
         left = nodes if kind == "replace" else nodes[:1]
         seen["after"] = [0] * len(left)
-        while not seen["ended"]:  # the old workers of the node that is left are ended first
+        while not fitting.done():  # the old workers of the node that is left are ended first
             seen["after"] = [max(n, workers_on(node)) for n, node in zip(seen["after"], left, strict=True)]
             time.sleep(0.2)
 
-    with tracking.start_run("finetune", settings) as run:
-        thread = threading.Thread(target=kill, args=[checkpoints.run_folder(run.ref)], daemon=True)
-        thread.start()
-        result = fit(settings, dataset, run)
-        seen["ended"] = True
-        thread.join()
+    with tracking.start_run("finetune", settings) as run, ThreadPoolExecutor(1) as pool:
+        # Ray starts nodes, and sets signal handlers for them, in the main thread only.
+        fitting = pool.submit(fit, settings, dataset, run)
+        kill(checkpoints.run_folder(run.ref), fitting)
+        result = fitting.result()
     print(json.dumps({**seen, "model": result.model_uri, "run": run.ref.id, "summary": result.summary}))
     ray.shutdown()
     cluster.shutdown()
