@@ -226,6 +226,7 @@ def compare(report: Report, shape: Architecture, layout: Layout, measured: list[
         "sent": (sum(timing.volume(shape, layout).values()), max(m.sent for m in measured)),
     }
     for what, (ours, theirs) in pairs.items():
+        print(f"{case}: {what}: planned {ours / GIB:.3f}, measured {theirs / GIB:.3f} GiB", file=sys.stderr)
         report.row(f"{case}: {what}", ours / GIB, rival="measured", theirs=theirs / GIB, unit="GiB")
         agreement = 1 - abs(ours / theirs - 1)
         report.row(f"{case}: {what.split(',')[0]}, agreement", agreement, unit="", target=AGREEMENT)
@@ -233,7 +234,6 @@ def compare(report: Report, shape: Architecture, layout: Layout, measured: list[
     report.row(
         f"{case}: libraries", HOST_LIBRARIES / GIB, rival="measured", theirs=libraries / GIB, unit="GiB"
     )
-    print(f"{case}: measured", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
