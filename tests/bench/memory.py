@@ -133,7 +133,7 @@ def worker(config: dict[str, Any]) -> list[dict[str, int]]:
     import torch
     import torch.distributed as dist
 
-    from lib.training import loop, zero
+    from lib.training import checkpoints, loop, zero
 
     assert loop  # a worker of a real run imports it
     torch.set_num_threads(1)
@@ -160,7 +160,7 @@ def worker(config: dict[str, Any]) -> list[dict[str, int]]:
     stepping, last = peak_resident(), int(sent.bytes)
     between = tensor_bytes() - known
     with tempfile.TemporaryDirectory() as folder:
-        zero.save(engine, folder, {})
+        engine.save_checkpoint(folder, tag=checkpoints.ENGINE, client_state={})
         written = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
     everyone: list[Any] = [None] * dist.get_world_size()
     mine = {"baseline": baseline, "loading": loading, "stepping": stepping, "between": between}
