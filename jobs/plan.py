@@ -5,7 +5,7 @@
 
 For each ZeRO stage, offload and number of workers: memory by part, whether it fits, step time, time and cost
 of the run, checkpoints, and the cheapest layout that fits. Reads config.json and the headers of the weights,
-and the dataset's manifest when there is one. Formulas and assumptions: lib/planner/*.py, docs/planning.md.
+and the dataset's manifest when there is one. Formulas and assumptions: lib/planner.
 """
 
 from __future__ import annotations

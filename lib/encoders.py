@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import nn
 
+# A label that is no class: no loss, no prediction.
+IGNORED = -100
+
 
 @functools.lru_cache(maxsize=4)
 def base_tokenizer(base: str, max_length: int) -> Tokenizer:
@@ -112,6 +115,46 @@ def pretrained(auto_class: Any, base: Path, settings: Settings, classes: list[st
         trust_remote_code=settings.model.trust_remote_code,
     )
     return model
+
+
+def balance(chosen: str | dict[str, float], classes: list[str], rows: dict[str, int]) -> dict[str, float]:
+    """Weight of each class: 1, all `rows` / (classes · rows of the class), or what `chosen` gives it.
+
+    `chosen` is `training.class_weights`.
+    """
+    if isinstance(chosen, dict):
+        return {name: chosen.get(name, 1.0) for name in classes}
+    if chosen == "none":
+        return dict.fromkeys(classes, 1.0)
+    total = sum(rows.values())
+    return {name: total / (len(classes) * max(rows.get(name, 0), 1)) for name in classes}
+
+
+def loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: list[float], smoothing: float
+) -> tuple[torch.Tensor, bool]:
+    """Weighted cross-entropy of logits [N, C] and labels [N], summed over N but for labels of IGNORED; and
+    whether this is training: validation is without gradients, and without `smoothing`."""
+    import torch
+    from torch.nn import functional
+
+    # Not `model.training`: a DeepSpeed engine changes only that of the module inside it.
+    learning = torch.is_grad_enabled()
+    total = functional.cross_entropy(
+        logits,
+        labels,
+        weight=torch.tensor(weights, device=logits.device),
+        reduction="sum",
+        ignore_index=IGNORED,
+        label_smoothing=smoothing if learning else 0.0,
+    )
+    return total, learning
+
+
+def check_classes(folder: Path, outputs: int, info: TaskFile) -> None:
+    """Raises ModelError when a model has another number of outputs than task.json names classes."""
+    if outputs != len(info.labels):
+        raise ModelError(f"{folder} has {outputs} outputs, but task.json names {len(info.labels)} labels")
 
 
 def save(model: nn.Module, base: Path, info: TaskFile, folder: Path) -> None:

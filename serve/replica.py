@@ -4,35 +4,47 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
+from fastapi import FastAPI, Request
+from pydantic import BaseModel
 from ray import serve as ray_serve
 
 from lib.settings import ServingSettings
+from serve.batching import LengthBatcher
 from serve.following import Following
-from serve.http import Ready
+from serve.http import Ready, create_app, request_id
 
 
-class Engine(Protocol):
-    """A loaded model version."""
+class EncoderModel:
+    """A loaded model version with the engine thread that computes it."""
 
-    @property
-    def name(self) -> str:
+    def __init__(self, predictor: Any, serving: ServingSettings) -> None:
+        self.predictor = predictor
+        encoder = predictor.encoder
+        self.name: str = encoder.name
         """Engine and precision."""
+        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+
+    async def answer(self, inputs: list[Any]) -> list[Any]:
+        """An answer for each input, in their order."""
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Called once, when no request uses the model any more."""
+        self.batcher.close()
 
 
-E = TypeVar("E", bound=Engine)
+M = TypeVar("M", bound=EncoderModel)
 
 
-class Replica(Generic[E]):
+class Replica(Generic[M]):
     """One model version at a time, swapped while it serves."""
 
-    def __init__(self, serving: ServingSettings, load: Callable[[Path], E]) -> None:
+    response: ClassVar[type[BaseModel]]
+
+    def __init__(self, serving: ServingSettings, load: Callable[[Path, ServingSettings], M]) -> None:
         self.serving = serving
-        self.models: Following[E] = Following(load)
+        self.models: Following[M] = Following(lambda folder: load(folder, serving))
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         await self.models.follow(user_config["model"])
@@ -45,6 +57,26 @@ class Replica(Generic[E]):
             engine=loaded.model.name,
             failed=self.models.failed,
         )
+
+    async def respond(self, inputs: list[Any], identity: str) -> BaseModel:
+        with self.models.using() as loaded:
+            results = await loaded.model.answer(inputs)
+        return self.response(
+            results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
+        )
+
+
+def http_api(
+    replica: Replica[Any], task: str, summary: str, description: str, request_model: type[BaseModel]
+) -> FastAPI:
+    """The HTTP side of a replica: POST /v1/TASK beside what every application has."""
+    app = create_app(f"Whorl {task}", description, replica, replica.serving.max_body_bytes)
+
+    @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
+    async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
+        return await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
+
+    return app
 
 
 def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:

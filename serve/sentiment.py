@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
 from lib.settings import ServingSettings
 from lib.tasks import sentiment as task
-from serve.batching import LengthBatcher
-from serve.http import create_app, request_id
-from serve.replica import Replica, bind
+from serve.replica import EncoderModel, Replica, bind, http_api
 
 # Above this many characters in a request, tokenising takes longer than a hop to a thread.
 CHARS_IN_LOOP = 20_000
@@ -53,14 +51,11 @@ class Response(BaseModel):
     request_id: str
 
 
-class Model:
-    """A loaded model version with the engine thread that computes it."""
+class Model(EncoderModel):
+    """A loaded model version."""
 
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
-        self.predictor = task.load(folder, serving)
-        encoder = self.predictor.encoder
-        self.name = encoder.name
-        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+        super().__init__(task.load(folder, serving), serving)
 
     async def answer(self, texts: list[str]) -> list[task.Answer]:
         if sum(map(len, texts)) > CHARS_IN_LOOP:
@@ -69,45 +64,25 @@ class Model:
             rows, truncated = task.read(self.predictor.tokenizer, texts)
         return task.answers(self.predictor, np.stack(await self.batcher.results(rows)), truncated)
 
-    def close(self) -> None:
-        self.batcher.close()
-
 
 @ray_serve.deployment(name="Sentiment", logging_config=LoggingConfig(enable_access_log=False))
 @ray_serve.ingress()
 class Sentiment(Replica[Model]):
     """A replica that classifies texts."""
 
-    def __init__(self, serving: ServingSettings) -> None:
-        super().__init__(serving, lambda folder: Model(folder, serving))
+    response = Response
 
-    async def classify(self, inputs: list[str], identity: str) -> Response:
-        with self.models.using() as loaded:
-            results = await loaded.model.answer(inputs)
-        return Response(
-            results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
-        )
+    def __init__(self, serving: ServingSettings) -> None:
+        super().__init__(serving, Model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_api(self)
-
-
-def http_api(replica: Sentiment) -> FastAPI:
-    """The HTTP side of a replica."""
-    serving = replica.serving
-    app = create_app(
-        "Whorl sentiment",
-        "Sentiment of texts, by a model that was fine-tuned on your data.",
-        replica,
-        serving.max_body_bytes,
-    )
-    Limited = limited_request(serving)  # noqa: N806 - a class
-
-    @app.post("/v1/sentiment", tags=["sentiment"], summary="Classify texts")
-    async def classify(request: Request, body: Limited) -> Response:  # type: ignore[valid-type]
-        return await replica.classify(body.inputs, request_id(request))  # type: ignore[attr-defined]
-
-    return app
+        return http_api(
+            self,
+            "sentiment",
+            "Classify texts",
+            "Sentiment of texts, by a model that was fine-tuned on your data.",
+            limited_request(self.serving),
+        )
 
 
 def limited_request(serving: ServingSettings) -> type[task.Request]:

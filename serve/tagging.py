@@ -12,16 +12,15 @@ import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
 from ray.serve.schema import LoggingConfig
 
 from lib.settings import ServingSettings
 from lib.tasks import tagging as task
-from serve.batching import LengthBatcher
-from serve.http import create_app, request_id
-from serve.replica import Replica, bind
+from lib.words import Reading, Words, cut_words
+from serve.replica import EncoderModel, Replica, bind, http_api
 
 EXAMPLE: dict[str, Any] = {
     "results": [
@@ -49,14 +48,11 @@ class Response(BaseModel):
     request_id: str
 
 
-class Model:
-    """A loaded model version with the engine thread that computes it."""
+class Model(EncoderModel):
+    """A loaded model version."""
 
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
-        self.predictor = task.load(folder, serving)
-        encoder = self.predictor.encoder
-        self.name = encoder.name
-        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+        super().__init__(task.load(folder, serving), serving)
 
     async def answer(self, inputs: list[str | list[str]]) -> list[task.Answer]:
         # Cutting a text into words is Python, and takes longer than a hop to a thread.
@@ -64,12 +60,9 @@ class Model:
         logits = task.class_logits(self.predictor, reading, await self.batcher.results(reading.rows))
         return task.answers(self.predictor, inputs, texts, logits)
 
-    def _read(self, inputs: list[str | list[str]]) -> tuple[list[task.Words], task.Reading]:
-        texts = [task.cut_words(text) for text in inputs]
-        return texts, task.read(self.predictor, [words for words, _ in texts])
-
-    def close(self) -> None:
-        self.batcher.close()
+    def _read(self, inputs: list[str | list[str]]) -> tuple[list[Words], Reading]:
+        texts = [cut_words(text) for text in inputs]
+        return texts, task.read(self.predictor, texts)
 
 
 @ray_serve.deployment(name="Tagging", logging_config=LoggingConfig(enable_access_log=False))
@@ -77,36 +70,19 @@ class Model:
 class Tagging(Replica[Model]):
     """A replica that finds entities."""
 
-    def __init__(self, serving: ServingSettings) -> None:
-        super().__init__(serving, lambda folder: Model(folder, serving))
+    response = Response
 
-    async def tag(self, inputs: list[str | list[str]], identity: str) -> Response:
-        with self.models.using() as loaded:
-            results = await loaded.model.answer(inputs)
-        return Response(
-            results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
-        )
+    def __init__(self, serving: ServingSettings) -> None:
+        super().__init__(serving, Model)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_api(self)
-
-
-def http_api(replica: Tagging) -> FastAPI:
-    """The HTTP side of a replica."""
-    serving = replica.serving
-    app = create_app(
-        "Whorl tagging",
-        "Entities in texts, by a model that was fine-tuned on your data.",
-        replica,
-        serving.max_body_bytes,
-    )
-    Limited = limited_request(serving)  # noqa: N806 - a class
-
-    @app.post("/v1/tagging", tags=["tagging"], summary="Find entities")
-    async def tag(request: Request, body: Limited) -> Response:  # type: ignore[valid-type]
-        return await replica.tag(body.inputs, request_id(request))  # type: ignore[attr-defined]
-
-    return app
+        return http_api(
+            self,
+            "tagging",
+            "Find entities",
+            "Entities in texts, by a model that was fine-tuned on your data.",
+            limited_request(self.serving),
+        )
 
 
 def limited_request(serving: ServingSettings) -> type[task.Request]:

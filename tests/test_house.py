@@ -22,7 +22,7 @@ def canonical(name: str) -> str:
 @pytest.mark.skipif(not FILES, reason="not a git checkout")
 def test_top_level_folders_are_the_fixed_ones() -> None:
     tops = {f.parts[0] for f in FILES if len(f.parts) > 1 and not f.parts[0].startswith(".")}
-    assert tops <= {"cluster", "jobs", "serve", "lib", "tests", "k8s", "docs"}
+    assert tops <= {"cluster", "jobs", "serve", "lib", "tests", "k8s"}
 
 
 @pytest.mark.skipif(not FILES, reason="not a git checkout")

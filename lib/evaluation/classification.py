@@ -21,7 +21,9 @@ from lib.tasks import load_task
 MODEL = "model"
 MISTAKES = 20
 MISTAKE_CHARS = 600
-NOT_SLICES = ("id", "text", "label", "length", "row", "context")
+# Shown on each side of a mistaken word.
+CONTEXT_ITEMS = 6
+NOT_SLICES = ("id", "text", "label", "length", "row")
 
 
 @dataclass(frozen=True)
@@ -179,18 +181,31 @@ def _mistakes(rows: pa.Table, truth: Ints, probabilities: Floats, names: list[st
     """The wrong answers that the model was surest of: its blind spots, and the dataset's wrong labels."""
     confidence, predicted = probabilities.max(-1), probabilities.argmax(-1)
     wrong = np.flatnonzero(predicted != truth)
-    shown = rows["context"] if "context" in rows.column_names else rows["text"]
     surest = wrong[np.argsort(-confidence[wrong], kind="stable")][:MISTAKES]
     return [
         {
             "id": rows["id"][int(i)].as_py(),
-            "text": textwrap.shorten(shown[int(i)].as_py(), MISTAKE_CHARS, placeholder=" …"),
+            "text": textwrap.shorten(_in_context(rows, int(i)), MISTAKE_CHARS, placeholder=" …"),
             "label": names[truth[i]],
             "predicted": names[predicted[i]],
             "confidence": float(confidence[i]),
         }
         for i in surest
     ]
+
+
+def _in_context(items: pa.Table, place: int) -> str:
+    """An item's text; of one inside a row, between its neighbours."""
+    if "row" not in items.column_names:
+        return str(items["text"][place].as_py())
+    first = max(0, place - CONTEXT_ITEMS)
+    near = items.slice(first, place + 1 + CONTEXT_ITEMS - first).select(["row", "text"]).to_pylist()
+    row = near[place - first]["row"]
+    return " ".join(
+        f"⟦{item['text']}⟧" if first + i == place else item["text"]
+        for i, item in enumerate(near)
+        if item["row"] == row
+    )
 
 
 def _predictions(rows: pa.Table, truth: Ints, probabilities: Floats) -> pa.Table:

@@ -114,8 +114,7 @@ class Task(Protocol):
 
     def items(self, rows: pa.Table) -> pa.Table:
         """What is judged right or wrong in rows of a dataset, with the rows' slices: `id` (sorting by it keeps
-        the order inside a row), `text`, `label` int32, `length`, and, where a row holds several, `row`, its id,
-        and `context`, the item as a reader needs to see it."""
+        the order inside a row), `text`, `label` int32, `length`, and, where a row holds several, `row`, its id."""
 
     def predict_rows(self, predictor: Any, rows: pa.Table) -> Outputs:
         """`logits` [M, C] for the M items of rows of a dataset, in their order and tokenised as the model

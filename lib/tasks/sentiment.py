@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lib import encoders
 from lib.artifacts import TaskFile, check_model_directory
 from lib.encoders import base_tokenizer, load_tokenizer, save, softmax
-from lib.errors import ConfigError, ModelError
+from lib.errors import ConfigError
 from lib.labels import Mapping
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
 from lib.tasks import Prepared
@@ -121,15 +121,8 @@ def collate(rows: pa.Table, pad: int) -> Batch:
 
 def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
     """Weight of each label: 1, rows / (classes · rows of the label), or what the configuration says."""
-    labels = settings.data.label_names
-    chosen = settings.training.class_weights
-    if isinstance(chosen, dict):
-        return {label: chosen.get(label, 1.0) for label in labels}
-    if chosen == "none":
-        return dict.fromkeys(labels, 1.0)
     found = manifest["splits"]["train"]["labels"]
-    total = sum(found.values())
-    return {label: total / (len(labels) * max(found.get(label, 0), 1)) for label in labels}
+    return encoders.balance(settings.training.class_weights, settings.data.label_names, found)
 
 
 def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:
@@ -141,20 +134,9 @@ def loss(
     model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
 ) -> tuple[torch.Tensor, Outputs]:
     """Weighted cross-entropy, summed over rows; outputs `logits` [B, C] and `labels` [B] in evaluation."""
-    import torch
-    from torch.nn import functional
-
-    # Not `model.training`: a DeepSpeed engine changes only that of the module inside it.
-    learning = torch.is_grad_enabled()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    weights = torch.tensor([balance[label] for label in settings.data.label_names], device=logits.device)
-    total = functional.cross_entropy(
-        logits,
-        batch["labels"],
-        weight=weights,
-        reduction="sum",
-        label_smoothing=settings.training.label_smoothing if learning else 0.0,
-    )
+    weights = [balance[label] for label in settings.data.label_names]
+    total, learning = encoders.loss(logits, batch["labels"], weights, settings.training.label_smoothing)
     if learning:  # nobody reads them, and on a GPU each copy would wait for the step
         return total, {}
     return total, {"logits": logits.detach().cpu().numpy(), "labels": batch["labels"].cpu().numpy()}
@@ -190,10 +172,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     check_model_directory(folder)
     info = TaskFile.read(folder, "sentiment")
     encoder = load_encoder(folder, serving)
-    if encoder.classes != len(info.labels):
-        raise ModelError(
-            f"{folder} has {encoder.classes} outputs, but task.json names {len(info.labels)} labels"
-        )
+    encoders.check_classes(folder, encoder.classes, info)
     return Predictor(info, load_tokenizer(folder, info.max_length), encoder)
 
 

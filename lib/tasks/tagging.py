@@ -10,7 +10,6 @@ Shapes: B sentences, T pieces, W words in all sentences together, C classes.
 from __future__ import annotations
 
 import json
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lib import encoders, entities
 from lib.artifacts import TaskFile, check_model_directory
-from lib.encoders import base_tokenizer, load_tokenizer, save
+from lib.encoders import IGNORED, base_tokenizer, load_tokenizer, save
 from lib.entities import OUTSIDE
-from lib.errors import ConfigError, ModelError
+from lib.errors import ConfigError
 from lib.labels import MISSING, UNKNOWN
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
 from lib.tasks import Prepared
 from lib.text import normalise
+from lib.words import Reading, Words, cut_words, first_pieces, tokenize_words
 
 if TYPE_CHECKING:
     import torch
@@ -44,15 +44,6 @@ __all__ = ["save"]
 
 LISTS = frozenset({"tokens", "tags"})
 BASELINE: Literal["tfidf", "lookup"] = "lookup"
-# Pieces that are not the first of a word: no loss, no prediction.
-IGNORED = -100
-# Words as a client's text is cut into them: initials (U.S.), words with inner hyphens and apostrophes, numbers
-# with their separators, and every other character by itself.
-WORD = re.compile(r"(?:[^\W\d_]\.){2,}|\d+(?:[.,:/]\d+)+|\w+(?:[-'’]\w+)*|[^\w\s]")
-CONTEXT_WORDS = 6
-
-Words = tuple[list[str], list[tuple[int, int]]]
-"""Words, and first place and last + 1 of each in what a client sent."""
 
 
 class Request(BaseModel):
@@ -197,17 +188,6 @@ def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
     return rows.append_column("truncated", pa.array([bool(e.overflowing) for e in encodings]))
 
 
-def first_pieces(word_ids: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the words' first pieces, and the words' numbers, both int64."""
-    places, words, seen = [], [], -1
-    for place, word in enumerate(word_ids):
-        if word is not None and word != seen:
-            places.append(place)
-            words.append(word)
-            seen = word
-    return np.array(places, np.int64), np.array(words, np.int64)
-
-
 def build(base: Path, settings: Settings) -> nn.Module:
     """The encoder with a fresh classification head on every piece, in fp32."""
     from transformers import AutoModelForTokenClassification
@@ -226,15 +206,10 @@ def collate(rows: pa.Table, pad: int) -> Batch:
 
 def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
     """Weight of each class: 1; words / (classes · words of the class); or what the configuration gives its kind."""
-    names = classes(settings.data)
-    chosen = settings.training.class_weights
+    names, chosen = classes(settings.data), settings.training.class_weights
     if isinstance(chosen, dict):
-        return {name: chosen.get(name[2:], 1.0) for name in names}
-    if chosen == "none":
-        return dict.fromkeys(names, 1.0)
-    found = manifest["splits"]["train"]["labels"]
-    total = sum(found.values())
-    return {name: total / (len(names) * max(found.get(name, 0), 1)) for name in names}
+        chosen = {name: chosen.get(name[2:], 1.0) for name in names}
+    return encoders.balance(chosen, names, manifest["splits"]["train"]["labels"])
 
 
 def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:
@@ -247,20 +222,10 @@ def loss(
     model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
 ) -> tuple[torch.Tensor, Outputs]:
     """Weighted cross-entropy, summed over words; in evaluation `predicted` and `labels` [words], `words` [B] a row."""
-    import torch
-    from torch.nn import functional
-
-    # Not `model.training`: a DeepSpeed engine changes only that of the module inside it.
-    learning = torch.is_grad_enabled()
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-    weights = torch.tensor([balance[name] for name in classes(settings.data)], device=logits.device)
-    total = functional.cross_entropy(
-        logits.flatten(0, 1),
-        batch["labels"].flatten(),
-        weight=weights,
-        reduction="sum",
-        ignore_index=IGNORED,
-        label_smoothing=settings.training.label_smoothing if learning else 0.0,
+    weights = [balance[name] for name in classes(settings.data)]
+    total, learning = encoders.loss(
+        logits.flatten(0, 1), batch["labels"].flatten(), weights, settings.training.label_smoothing
     )
     if learning:
         return total, {}
@@ -317,77 +282,11 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     check_model_directory(folder)
     info = TaskFile.read(folder, "tagging")
     encoder = load_token_encoder(folder, serving)
-    if encoder.classes != len(info.labels):
-        raise ModelError(
-            f"{folder} has {encoder.classes} outputs, but task.json names {len(info.labels)} classes"
-        )
+    encoders.check_classes(folder, encoder.classes, info)
     # Windows are cut by `read`, so that nothing is lost behind the longest sequence.
     tokenizer = load_tokenizer(folder, info.max_length)
     tokenizer.no_truncation()
     return Predictor(info, tokenizer, encoder)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Sentences as windows of tokens that the model can read, and where each word is looked up."""
-
-    rows: list[np.ndarray]
-    """Token ids of each window, special tokens included."""
-    places: list[list[tuple[int, int, int]]]
-    """For each window: sentence, word, and the piece that stands for the word."""
-    words: list[int]
-    """Words of each sentence."""
-
-
-def read(predictor: Predictor, sentences: list[list[str]]) -> Reading:
-    """Tokenise words; a sentence above `max_length` becomes windows that overlap by a quarter."""
-    tokenizer = predictor.tokenizer
-    before, after = _special(tokenizer)
-    room = predictor.info.max_length - len(before) - len(after)
-    reading = Reading([], [], [len(words) for words in sentences])
-    encodings = tokenizer.encode_batch(sentences, is_pretokenized=True, add_special_tokens=False)
-    for sentence, encoding in enumerate(encodings):
-        places, words = first_pieces(encoding.word_ids)
-        ends = np.append(places[1:], len(encoding.ids))
-        for first, last, counts_from in windows(places, ends, room):
-            start = int(places[first])
-            end = min(int(ends[last - 1]), start + room)
-            reading.rows.append(np.array([*before, *encoding.ids[start:end], *after], np.int32))
-            reading.places.append(
-                [
-                    (sentence, int(words[i]), int(places[i]) - start + len(before))
-                    for i in range(counts_from, last)
-                ]
-            )
-    return reading
-
-
-def windows(starts: np.ndarray, ends: np.ndarray, room: int) -> list[tuple[int, int, int]]:
-    """Windows over words whose pieces are `starts` to `ends`: first word, last + 1, and the first that counts.
-
-    Each holds at most `room` pieces (a single longer word is cut). A quarter of a window repeats the one
-    before, so that a word that counts has context to its left.
-    """
-    cut: list[tuple[int, int, int]] = []
-    first = counts_from = 0
-    while counts_from < len(starts):
-        if ends[counts_from] - starts[first] > room:  # the context leaves no room for the next word
-            first = counts_from
-        fitting = int(np.searchsorted(ends, starts[first] + room, side="right"))
-        cut.append((first, max(fitting, counts_from + 1), counts_from))
-        counts_from = cut[-1][1]
-        if counts_from < len(starts):
-            first = int(np.searchsorted(starts, starts[counts_from] - room // 4))
-    return cut
-
-
-def _special(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Special tokens before and behind a sequence."""
-    marked = tokenizer.encode("a")
-    bare = [i for i, special in enumerate(marked.special_tokens_mask) if not special]
-    if not bare:
-        return marked.ids, []
-    return marked.ids[: bare[0]], marked.ids[bare[-1] + 1 :]
 
 
 def class_logits(predictor: Predictor, reading: Reading, logits: Sequence[np.ndarray]) -> np.ndarray:
@@ -405,22 +304,16 @@ def class_logits(predictor: Predictor, reading: Reading, logits: Sequence[np.nda
     return found
 
 
+def read(predictor: Predictor, texts: Sequence[Words]) -> Reading:
+    """The windows that the model has to compute for texts."""
+    return tokenize_words(predictor.tokenizer, predictor.info.max_length, [found for found, _ in texts])
+
+
 def predict(predictor: Predictor, request: Request) -> Response:
     texts = [cut_words(text) for text in request.inputs]
-    reading = read(predictor, [words for words, _ in texts])
+    reading = read(predictor, texts)
     logits = class_logits(predictor, reading, predictor.encoder.logits(reading.rows))
     return Response(results=answers(predictor, request.inputs, texts, logits))
-
-
-def cut_words(text: str | list[str]) -> Words:
-    """Normalised words of a text, and where each begins and ends in it (in words, where words were given)."""
-    if isinstance(text, list):
-        found, places = text, [(i, i + 1) for i in range(len(text))]
-    else:
-        matches = list(WORD.finditer(text))
-        found, places = [m.group() for m in matches], [m.span() for m in matches]
-    clean = normalise(pa.array(found, pa.string())).to_pylist()
-    return [word or "\ufffd" for word in clean], places
 
 
 def answers(
@@ -449,7 +342,7 @@ def answers(
 
 
 def items(rows: pa.Table) -> pa.Table:
-    """A word each: `id` sentence and place, `row` the sentence, `text` the word, `context` the words around it."""
+    """A word each: `id` sentence and place, `row` the sentence and `text` the word."""
     sentences, tags = rows["tokens"].to_pylist(), rows["tags"].combine_chunks()
     sizes = np.array([len(words) for words in sentences], np.int64)
     index = np.repeat(np.arange(len(sentences)), sizes)
@@ -460,25 +353,15 @@ def items(rows: pa.Table) -> pa.Table:
     ids = [f"{name}:{i:05d}" for name, i in zip(rows_of.to_pylist(), numbers.tolist(), strict=True)]
     table = table.append_column("id", pa.array(ids, pa.string())).append_column("row", rows_of)
     table = table.append_column("text", pa.array([w for words in sentences for w in words], pa.string()))
-    table = table.append_column(
-        "context",
-        pa.array([_context(words, i) for words in sentences for i in range(len(words))], pa.string()),
-    )
     return table.append_column("label", tags.flatten().cast(pa.int32()))
 
 
 NOT_CARRIED = ("id", "tokens", "tags", "input_ids", "labels", "truncated")
 
 
-def _context(words: list[str], place: int) -> str:
-    before = words[max(0, place - CONTEXT_WORDS) : place]
-    after = words[place + 1 : place + 1 + CONTEXT_WORDS]
-    return " ".join([*before, f"⟦{words[place]}⟧", *after])
-
-
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
     """`logits` [W, C] for the words of rows of a dataset, by the model's own tokeniser."""
-    reading = read(predictor, rows["tokens"].to_pylist())
+    reading = tokenize_words(predictor.tokenizer, predictor.info.max_length, rows["tokens"].to_pylist())
     return {"logits": class_logits(predictor, reading, predictor.encoder.logits(reading.rows))}
 
 

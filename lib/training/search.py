@@ -44,7 +44,8 @@ class Trial:
     score: float | None
     """The best that `training.metric` was at any validation; None when there was none."""
     validations: int
-    run: str
+    id: str
+    """Ray Tune's name of it, which its run carries as the tag `trial`."""
     error: str | None = None
 
 
@@ -77,10 +78,9 @@ def check(settings: Settings) -> None:
 def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """Try `tuning.trials` settings on the connected cluster. A run that was interrupted goes on.
 
-    Raises ConfigError as `check` does, or when every trial failed, with the first trial's reason;
+    The space was checked (`check`). Raises ConfigError when every trial failed, with the first trial's reason,
     ResourceError when the cluster has no room for one trial.
     """
-    check(settings)
     check_resources(settings)
     concurrent = settings.tuning.concurrency or room(settings, ray.cluster_resources())
     lower = settings.training.metric == "loss"
@@ -207,7 +207,7 @@ def _found(results: Any, settings: Settings, lower: bool) -> Found:
                 values=dict(result.config or {}),
                 score=best,
                 validations=len(scores),
-                run=str((result.metrics or {}).get("trial_id", "")),
+                id=str((result.metrics or {}).get("trial_id", "")),
                 error=str(told or result.error) if result.error else None,
             )
         )

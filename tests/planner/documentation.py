@@ -1,4 +1,4 @@
-"""The commands that docs/planning.md shows, and what they print now.
+"""The commands that lib/planner/README.md shows, and what they print now.
 
 python -m tests.planner.documentation     writes what they print into the page
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from jobs import plan
 from lib.command import run
 
-PAGE = Path("docs/planning.md")
+PAGE = Path("lib/planner/README.md")
 BLOCK = re.compile(r"(?<=```\n)\$ python -m jobs\.plan (.*?)\n\n(.*?)(?=```)", re.S)
 
 
