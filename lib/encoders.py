@@ -117,15 +117,16 @@ def pretrained(auto_class: Any, base: Path, settings: Settings, classes: list[st
     return model
 
 
-def balance(chosen: str | dict[str, float], classes: list[str], rows: dict[str, int]) -> dict[str, float]:
-    """Weight of each class: 1, all `rows` / (classes · rows of the class), or what `chosen` gives it.
+def balance(chosen: str | dict[str, float], classes: list[str], manifest: dict[str, Any]) -> dict[str, float]:
+    """Weight of each class: 1, all training rows / (classes · rows of the class), or what `chosen` gives it.
 
-    `chosen` is `training.class_weights`.
+    `chosen` is `training.class_weights`; only `balanced` needs the manifest's counts.
     """
     if isinstance(chosen, dict):
         return {name: chosen.get(name, 1.0) for name in classes}
     if chosen == "none":
         return dict.fromkeys(classes, 1.0)
+    rows = manifest["splits"]["train"]["labels"]
     total = sum(rows.values())
     return {name: total / (len(classes) * max(rows.get(name, 0), 1)) for name in classes}
 

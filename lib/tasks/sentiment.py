@@ -121,8 +121,7 @@ def collate(rows: pa.Table, pad: int) -> Batch:
 
 def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
     """Weight of each label: 1, rows / (classes · rows of the label), or what the configuration says."""
-    found = manifest["splits"]["train"]["labels"]
-    return encoders.balance(settings.training.class_weights, settings.data.label_names, found)
+    return encoders.balance(settings.training.class_weights, settings.data.label_names, manifest)
 
 
 def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:

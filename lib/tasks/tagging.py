@@ -209,7 +209,7 @@ def balance(manifest: dict[str, Any], settings: Settings) -> dict[str, float]:
     names, chosen = classes(settings.data), settings.training.class_weights
     if isinstance(chosen, dict):
         chosen = {name: chosen.get(name[2:], 1.0) for name in names}
-    return encoders.balance(chosen, names, manifest["splits"]["train"]["labels"])
+    return encoders.balance(chosen, names, manifest)
 
 
 def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> float:

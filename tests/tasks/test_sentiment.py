@@ -68,6 +68,10 @@ def test_loss_is_a_sum_so_that_batches_add_up(tiny_base: Path) -> None:
     assert outputs["logits"].shape == (3, 3)
 
 
+def test_class_weights_that_need_no_counts_ask_for_none() -> None:
+    assert sentiment.balance({}, settings_for(Path("unused"))) == {"bad": 1, "fine": 1, "good": 1}
+
+
 def test_class_weights() -> None:
     manifest = {"splits": {"train": {"labels": {"bad": 10, "fine": 30, "good": 60}}}}
     base = Path("unused")
