@@ -24,6 +24,9 @@ CASES = ("[unused1]", "[unused2]", "[unused3]")
 Words = tuple[list[str], list[tuple[int, int]]]
 """Words, and first place and last + 1 of each in what a client sent."""
 
+Pieces = tuple[list[int], list[int | None]]
+"""Token ids, and the number of the word that each belongs to."""
+
 
 def cut_words(text: str | list[str]) -> Words:
     """Normalised words of a text, and where each begins and ends in it (in words, where words were given)."""
@@ -49,12 +52,14 @@ def first_pieces(word_ids: Sequence[int | None]) -> tuple[np.ndarray, np.ndarray
 
 def case_markers(tokenizer: Tokenizer) -> list[int]:
     """Ids of the tokens that say how a word is capitalised. Raises ConfigError when the vocabulary has none."""
-    ids = [tokenizer.token_to_id(name) for name in CASES]
-    if None in ids:
-        raise ConfigError(
-            f"model.case_markers: the base's vocabulary has no {CASES[ids.index(None)]}, which only BERT's have; "
-            "a tokeniser that keeps capitals needs no markers"
-        )
+    ids = []
+    for name in CASES:
+        if (found := tokenizer.token_to_id(name)) is None:
+            raise ConfigError(
+                f"model.case_markers: the base's vocabulary has no {name}, which only BERT's have; "
+                "a tokeniser that keeps capitals needs no markers"
+            )
+        ids.append(found)
     return ids
 
 
@@ -69,10 +74,8 @@ def case_of(word: str) -> int | None:
     return 0 if letters[0].isupper() and capitals == 1 else 2
 
 
-def pieces(
-    tokenizer: Tokenizer, sentences: list[list[str]], cased: bool
-) -> list[tuple[list[int], list[int]]]:
-    """Token ids of each sentence, without special tokens, and the number of the word that each belongs to.
+def pieces(tokenizer: Tokenizer, sentences: list[list[str]], cased: bool) -> list[Pieces]:
+    """The pieces of each sentence, without special tokens.
 
     `cased` puts a marker behind a word with capitals, for tokenisers that make everything small: what
     "may" means depends on it. (As an input token: Berard et al. 2019, "inline casing".)
@@ -84,11 +87,11 @@ def pieces(
     found = []
     for words, encoding in zip(sentences, encodings, strict=True):
         ids, numbers, of = encoding.ids, encoding.word_ids, [case_of(word) for word in words]
-        marked: tuple[list[int], list[int]] = ([], [])
+        marked: Pieces = ([], [])
         for place, number in enumerate(numbers):
             marked[0].append(ids[place])
             marked[1].append(number)
-            case = of[number]
+            case = None if number is None else of[number]
             if case is not None and (place + 1 == len(numbers) or numbers[place + 1] != number):
                 marked[0].append(markers[case])
                 marked[1].append(number)
