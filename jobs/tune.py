@@ -4,7 +4,7 @@
     python -m jobs.tune --config jobs/configs/reviews.yaml --tuning.resume RUN_ID      after an interruption
 
 `tuning.space` in the configuration names what is searched, `tuning.algorithm` how values are chosen and
-`tuning.scheduler` which trials are ended early. Writes the best settings as a configuration that `jobs.finetune`
+`tuning.scheduler` which trials are ended early, or take over from better ones (pbt). Writes the best settings as a configuration that `jobs.finetune`
 takes, a table of all trials, and pictures of them.
 """
 
@@ -17,10 +17,12 @@ from pathlib import Path
 import yaml
 
 from lib import storage, tracking
-from lib.command import connect, main
+from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
 from lib.errors import RegistryError
+from lib.planner import check as plan_check
 from lib.settings import Settings, override
+from lib.training import space
 
 BEST = "best.yaml"
 
@@ -28,13 +30,15 @@ BEST = "best.yaml"
 def tune(settings: Settings) -> None:
     dataset = plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
+    space.check(settings)
     resumed = interrupted(settings)
+    if joins_this_machine() and not settings.training.ignore_plan:
+        plan_check.check(settings)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
     from lib.training import trials_plots
-    from lib.training.search import check, search
+    from lib.training.search import search
 
-    check(settings)
     opened = tracking.resume_run(resumed, settings) if resumed else tracking.start_run("tune", settings)
     with opened as run:
         run.tag(dataset=dataset.fingerprint)
