@@ -10,6 +10,7 @@ takes, a table of all trials, and pictures of them.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,10 @@ import yaml
 from lib import storage, tracking
 from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
-from lib.errors import RegistryError
+from lib.errors import RegistryError, ResourceError
 from lib.planner import check as plan_check
+from lib.planner import layouts, timing
+from lib.planner.memory import GIB, Layout
 from lib.settings import Settings, override
 from lib.training import space
 
@@ -33,7 +36,7 @@ def tune(settings: Settings) -> None:
     space.check(settings)
     resumed = interrupted(settings)
     if joins_this_machine() and not settings.training.ignore_plan:
-        plan_check.check(settings)
+        check_disk(settings, plan_check.check(settings).layout)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.
     from lib.training import trials_plots
@@ -56,6 +59,31 @@ def tune(settings: Settings) -> None:
     print(f"\n{table(found.trials, found.metric)}\n")
     print(f"best settings: {uri}")
     print(f"next: python -m jobs.finetune --config {uri.removeprefix('file://')}")
+
+
+def check_disk(settings: Settings, layout: Layout) -> None:
+    """Raises ResourceError when the checkpoints of all trials, which last as long as the search, find no room.
+
+    Only where storage is a local disk.
+    """
+    place, tuning = Path(storage.root().removeprefix("file://")), settings.tuning
+    if not place.is_absolute():
+        return
+    each = timing.checkpoint(layouts.base_shape(settings), layout)
+    # The latest besides those that are kept; a member of a population has two parts at a time.
+    kept = (settings.training.keep_checkpoints + 1) * (2 if tuning.scheduler == "pbt" else 1)
+    needed, free = each * kept * tuning.trials, free_bytes(place)
+    if needed > free:
+        raise ResourceError(
+            f"the checkpoints of {tuning.trials} trials, {kept} of {each / GIB:.2f} GiB each, need "
+            f"{needed / GIB:.1f} GiB and {place} has {free / GIB:.1f} GiB free; lower tuning.trials or free some, "
+            f"training.ignore_plan true tries it all the same"
+        )
+
+
+def free_bytes(place: Path) -> int:
+    """Of the file system that holds `place`, or will hold it."""
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
 def interrupted(settings: Settings) -> tracking.Run | None:

@@ -22,7 +22,7 @@ from ray.tune.schedulers.pbt import _explore
 from lib import storage as places
 from lib import tracking
 from lib.data.plan import plan
-from lib.errors import ConfigError, RegistryError
+from lib.errors import ConfigError, RegistryError, ResourceError
 from lib.settings import Dimension, Settings, load_settings, override
 from lib.training import cleaner, population, trials_plots
 from lib.training.population import ENDS, TIME
@@ -187,6 +187,27 @@ def test_a_part_is_named_by_what_it_begins_from_and_with(database: Path, tiny_ba
         population.part_of(run, rate, None, 2, 4),
     ]
     assert len({first.name, *(other.name for other in others)}) == 4
+
+
+def test_a_search_is_checked_before_ray_is_started(
+    database: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import tune as job
+
+    monkeypatch.setattr(job, "connect", lambda: pytest.fail("Ray was started"))
+    (tmp_path / "tiny.csv").write_text("text,label\nfits,good\n")
+    settings = with_search(settings_for(tiny_base), **POPULATION)
+    settings = override(settings, {"data.source": str(tmp_path / "tiny.csv")}, "test")
+    make_dataset(settings, rows=40, fingerprint=plan(settings).ref.fingerprint)
+    wrong = with_search(settings, space={"training.lerning_rate": {"uniform": [0, 1]}})
+    with pytest.raises(ConfigError, match=r"tuning\.space\.training\.lerning_rate"):
+        job.tune(wrong)
+    monkeypatch.setattr(job, "free_bytes", lambda place: 1 << 20)
+    with pytest.raises(
+        ResourceError,
+        match=r"checkpoints of 8 trials, 4 of 0\.00 GiB each, need .* has 0\.0 GiB free; lower tuning\.trials",
+    ):
+        job.tune(settings)
 
 
 class Stub:
