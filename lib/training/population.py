@@ -16,6 +16,7 @@ import hashlib
 import json
 import random
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ class Population(PopulationBasedTraining):
 def scheduler(settings: Settings, domains: dict[str, Any]) -> Population:
     """Tune's scheduler for `tuning.space`, whose Tune domains are `domains`."""
     tuning = settings.tuning
+    # A process that is used again would still hold the last part's controller.
+    warnings.filterwarnings("ignore", "Consider boosting PBT performance by enabling `reuse_actors`")
     # Tune draws from the global generators.
     random.seed(tuning.seed)
     np.random.seed(tuning.seed)

@@ -29,8 +29,17 @@ class Cleaner(ControllerCallback):
 
     def after_controller_start(self, train_run_context: Any) -> None:
         controller = ray.get_runtime_context().get_actor_id()
-        options = {"num_cpus": 0, "lifetime": "detached", "resources": {HEAD_NODE_RESOURCE_NAME: 0.001}}
-        self.guard = ray.remote(Guard).options(**options).remote()
+        self.guard = (
+            ray.remote(Guard)
+            .options(
+                num_cpus=0,
+                lifetime="detached",
+                resources={HEAD_NODE_RESOURCE_NAME: 0.001},
+                # Of a trial's own placement group it would otherwise become a part.
+                scheduling_strategy="DEFAULT",
+            )
+            .remote()
+        )
         self.guard.watch.remote(controller)
 
     async def before_controller_shutdown(self) -> None:

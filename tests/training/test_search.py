@@ -296,7 +296,14 @@ def test_a_population_of_zero_trials_takes_over_from_the_better(
     # With a rate of next to nothing a model stays what it is.
     still, good = 1e-12, 5e-3
     settings = settings_for(
-        tiny_base, zero_stage=2, epochs=4, metric="macro_f1", schedule="constant", warmup=0
+        tiny_base,
+        zero_stage=2,
+        epochs=4,
+        metric="loss",
+        schedule="constant",
+        warmup=0,
+        learning_rate=good,
+        tokens_per_batch=24,
     )
     settings = with_search(
         settings,
@@ -305,7 +312,7 @@ def test_a_population_of_zero_trials_takes_over_from_the_better(
         scheduler="pbt",
         perturb_every=2,
         quantile=0.5,
-        seed=0,
+        seed=2,  # draws the good rate and the other
     )
     dataset = make_dataset(settings, rows=160)
     slots = ray.available_resources()["CPU"]
@@ -313,15 +320,33 @@ def test_a_population_of_zero_trials_takes_over_from_the_better(
     with tracking.start_run("tune", settings) as run:
         found = search(settings, dataset, run)
     assert_nothing_is_left(slots)
-    better, worse = sorted(found.trials, key=lambda t: bool(t.schedule))
-    print(better, worse)
+    # Both trained at the same time.
     children = {child.tags()["trial"]: child for child in tracking.children(run.ref.id, "tiny")}
-    measured = {
-        name: [m.value for m in child.client.get_metric_history(child.ref.id, "validation/macro_f1")]
-        for name, child in children.items()
-    }
-    print(measured)
-    assert 0
+    spans = [child.client.get_run(child.ref.id).info for child in children.values()]
+    assert max(span.start_time for span in spans) < min(span.end_time for span in spans)
+    assert {child.status() for child in children.values()} == {"FINISHED"}
+    assert not any(places.exists(child.ref.checkpoints_uri) for child in children.values())
+
+    def losses(trial: Trial) -> list[float]:
+        run = children[trial.id]
+        return [m.value for m in run.client.get_metric_history(run.ref.id, "validation/loss")]
+
+    assert [trial.validations for trial in found.trials] == [4, 4]
+    (taker,) = [trial for trial in found.trials if trial.schedule]
+    (giver,) = [trial for trial in found.trials if not trial.schedule]
+    assert giver.values == {"training.learning_rate": good}
+    (first, before), (then, after) = taker.schedule
+    assert (first, before) == (1, {"training.learning_rate": still})
+    assert then == 3
+    taken, given = losses(taker), losses(giver)
+    assert taken[0] == pytest.approx(taken[1], abs=1e-6), "it learned nothing until it took over"
+    assert given[1] < taken[1]
+    # Weights, optimiser, random states and position are the giver's, and the rate is the taker's own.
+    if after["training.learning_rate"] == still:
+        assert taken[2:] == pytest.approx([given[1]] * 2, abs=1e-6)
+    else:
+        assert taken[2:] == given[2:]
+    assert found.best.score == min(taken + given)
 
 
 def drive(folder: Path, environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
@@ -365,6 +390,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
             return sorted(child.status() for child in tracking.children(run_id, "tiny"))
 
         wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
+        assert driver.poll() is None, driver.stderr.read()
         own = psutil.Process(driver.pid).children(recursive=True)
         os.kill(driver.pid, signal.SIGKILL)
         assert driver.wait() == -signal.SIGKILL
