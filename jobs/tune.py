@@ -5,7 +5,8 @@
 
 `tuning.space` in the configuration names what is searched, `tuning.algorithm` how values are chosen and
 `tuning.scheduler` which trials are ended early, or take over from better ones (pbt). Writes the best settings as a configuration that `jobs.finetune`
-takes, a table of all trials, and pictures of them.
+takes, a table of all trials, and pictures of them. Where pbt changed the values of the best trial on its way, those
+are its settings that it was best with, and how they changed is printed and in trials.json.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -57,6 +59,8 @@ def tune(settings: Settings) -> None:
             for picture in trials_plots.draw(found, settings.tuning.space, Path(folder)):
                 run.log_file(picture)
     print(f"\n{table(found.trials, found.metric)}\n")
+    for since, changed in found.best.schedule:
+        print(f"the best trial's values from validation {since} on: {shown(changed)}")
     print(f"best settings: {uri}")
     print(f"next: python -m jobs.finetune --config {uri.removeprefix('file://')}")
 
@@ -117,6 +121,10 @@ def table(trials: list, metric: str) -> str:  # type: ignore[type-arg]
         for trial in trials
     ]
     return aligned(["trial", *(key.rpartition(".")[2] for key in keys), metric, "validations", ""], rows)
+
+
+def shown(values: dict[str, Any]) -> str:
+    return "  ".join(f"{key.rpartition('.')[2]} {_shown(value)}" for key, value in values.items())
 
 
 def _shown(value: object) -> str:
