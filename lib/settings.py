@@ -306,13 +306,19 @@ class TuningSettings(Section):
     space: dict[str, Dimension] = {}
     """Key of `training` or `model` → what it may be, such as `training.learning_rate: {log_uniform: [1e-5, 1e-3]}`."""
     trials: Positive = 8
-    algorithm: Literal["random", "tpe"] = "tpe"
-    """tpe: values near those that were good, by Optuna; random: drawn independently."""
-    scheduler: Literal["none", "asha"] = "asha"
-    """asha: of the trials with as many validations, only the best 1 / `reduction` go on; none: all to their end."""
+    algorithm: Literal["random", "tpe"] | None = None
+    """tpe: values near those that were good, by Optuna; random: drawn independently. None is tpe, and random
+    where the scheduler is pbt, which chooses values itself."""
+    scheduler: Literal["none", "asha", "pbt"] = "asha"
+    """asha: of the trials with as many validations, only the best 1 / `reduction` go on; none: all to their end;
+    pbt: population based training, all trials to their end while the worst take over from the best."""
     grace: Positive = 1
     """Validations before a trial may be ended."""
     reduction: Annotated[int, Field(ge=2)] = 3
+    perturb_every: Positive = 1
+    """pbt: validations between two moments at which trials take over from others."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """pbt: the share of the trials that takes over, from the best trials that are as many."""
     concurrency: Positive | None = None
     """Trials at a time; None: as many as the cluster has room for."""
     resume: str | None = None

@@ -17,6 +17,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS"):
     os.environ.pop(name, None)
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+# A run ends, and what it reported is seen, when Ray Train next looks at its workers: every 2 s by default.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.

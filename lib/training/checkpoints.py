@@ -148,9 +148,20 @@ def _own_file(rank: int) -> str:
     return f"worker_{rank:05d}.json"
 
 
-def run_folder(run: RunRef) -> str:
+@dataclass(frozen=True)
+class Part:
+    """A part of a training that is a Ray Train run of its own (population based training has many)."""
+
+    name: str
+    begin: str | None
+    """The checkpoint that it begins from, which may be another run's."""
+    until: int
+    """Number of the validation that ends it."""
+
+
+def run_folder(run: RunRef, part: Part | None = None) -> str:
     """Where Ray Train keeps a run's checkpoints and its record of them."""
-    return storage.join(run.checkpoints_uri, run.id)
+    return storage.join(run.checkpoints_uri, part.name if part else run.id)
 
 
 def committed(folder: str) -> list[str]:
@@ -171,13 +182,14 @@ def latest_state(folder: str) -> State | None:
     return State.read(storage.join(folder, names[-1])) if names else None
 
 
-def latest_position(folder: str, world: int) -> Position:
-    """Where in the data `world` workers begin that go on from the latest checkpoint of a run folder."""
+def latest_position(folder: str, world: int, begin: str | None = None) -> Position:
+    """Where in the data `world` workers begin that go on from the latest checkpoint of a run folder.
+
+    `begin` is the checkpoint that the run itself began from, if it did from one.
+    """
     names = committed(folder)
-    if not names:
-        return Position()
-    latest = storage.join(folder, names[-1])
-    return State.read(latest).position_for(world, latest)
+    latest = storage.join(folder, names[-1]) if names else begin
+    return State.read(latest).position_for(world, latest) if latest else Position()
 
 
 def mend_record(folder: str) -> None:
@@ -211,6 +223,18 @@ def staging() -> Path:
     """Where the workers of this node write before the upload."""
     # Ray Train gives each run a working directory; nodes on one machine share it.
     return Path.cwd() / f"staging-{ray.get_runtime_context().get_node_id()}"
+
+
+def leads_node() -> bool:
+    """Whether this worker is the first of those that share a staging folder; collective.
+
+    Ray Train's local rank counts by address, and Ray nodes on one machine share theirs.
+    """
+    import torch.distributed as dist
+
+    nodes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(nodes, ray.get_runtime_context().get_node_id())
+    return nodes.index(nodes[dist.get_rank()]) == dist.get_rank()
 
 
 def save(engine: Any, state: State, own: Own, rank: int, metrics: dict[str, float]) -> None:
@@ -315,9 +339,12 @@ class Keeper(UserCallback):
 
 
 @contextmanager
-def opened() -> Iterator[str | None]:
-    """The checkpoint that this worker starts from, as a local folder; None for a run's first start."""
-    checkpoint = ray.train.get_checkpoint()
+def opened(begin: str | None = None) -> Iterator[str | None]:
+    """The checkpoint that this worker starts from, as a local folder; None for a run's first start.
+
+    `begin` is where a run starts that has no checkpoint of its own yet.
+    """
+    checkpoint = ray.train.get_checkpoint() or (Checkpoint(begin) if begin else None)
     if checkpoint is None:
         yield None
         return

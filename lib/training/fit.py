@@ -22,7 +22,7 @@ from ray.train import (
     UserCallback,
     WorkerGroupError,
 )
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from lib import storage, tracking
@@ -34,6 +34,7 @@ from lib.settings import Settings
 from lib.tasks import load_task
 from lib.training import checkpoints, loop, windows
 from lib.training.dropout import plain_attention
+from lib.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,13 @@ def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
 
 
 def train(
-    settings: Settings, dataset: DatasetRef, run: tracking.Run, callbacks: Sequence[UserCallback] = ()
+    settings: Settings,
+    dataset: DatasetRef,
+    run: tracking.Run,
+    callbacks: Sequence[UserCallback] = (),
+    part: checkpoints.Part | None = None,
 ) -> Result:
-    """Train on `dataset` and leave the checkpoints under the run.
+    """Train on `dataset`, all or one part of it, and leave the checkpoints under the run.
 
     A run that has checkpoints goes on from the latest. Raises ResourceError when the cluster is too small,
     DataError for an empty dataset, ModelError for a base that cannot be used; nothing is started then.
@@ -75,9 +80,9 @@ def train(
             f"dataset {dataset.name}/{dataset.fingerprint} has {manifest['splits']['train']['rows']} training "
             f"rows for {settings.training.most_workers} workers; give it more rows or lower training.workers"
         )
-    checkpoints.mend_record(checkpoints.run_folder(run.ref))
+    checkpoints.mend_record(checkpoints.run_folder(run.ref, part))
     try:
-        return _trainer(settings, dataset, run.ref, callbacks).fit()
+        return _trainer(settings, dataset, run.ref, callbacks, part).fit()
     except TrainingFailedError as error:
         raise explain(error, settings, run.ref) from error
 
@@ -114,8 +119,12 @@ def check_resources(settings: Settings) -> None:
 
 
 def _trainer(
-    settings: Settings, dataset: DatasetRef, run: RunRef, callbacks: Sequence[UserCallback]
-) -> TorchTrainer:
+    settings: Settings,
+    dataset: DatasetRef,
+    run: RunRef,
+    callbacks: Sequence[UserCallback],
+    part: checkpoints.Part | None,
+) -> Trainer:
     training = settings.training
     on_gpu = training.gpus_per_worker > 0
     per_worker: dict[str, float] = {"CPU": training.cpus_per_worker}
@@ -131,28 +140,31 @@ def _trainer(
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
         if name in os.environ:
             environment[name] = os.environ[name]
-    folder, elastic = checkpoints.run_folder(run), not isinstance(training.workers, int)
+    folder, elastic = checkpoints.run_folder(run, part), not isinstance(training.workers, int)
+    begin = part.begin if part else None
     ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar shows the same rows
-    return TorchTrainer(
+    return Trainer(
         loop.train,
         train_loop_config={
             "settings": settings.model_dump(mode="json"),
             "dataset": dataclasses.asdict(dataset),
             "run": dataclasses.asdict(run),
             "checkpoints": folder,
+            "begin": begin,
+            "until": part.until if part else None,
             "terminal": sys.stdout.isatty(),
         },
         # The dealer makes the dataset when the workers are there; validation reads its split whole.
         datasets={"train": ray.data.range(1)},
         dataset_config=windows.Dealer(
-            dataset.shards("train"), training.epochs, training.shuffle_rows, folder, elastic
+            dataset.shards("train"), training.epochs, training.shuffle_rows, folder, elastic, begin
         ),
         scaling_config=ScalingConfig(
             num_workers=training.workers, use_gpu=on_gpu, resources_per_worker=per_worker
         ),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
-            name=run.id,
+            name=part.name if part else run.id,
             storage_path=run.checkpoints_uri,
             # Ray keeps the latest besides.
             checkpoint_config=CheckpointConfig(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import Checkpoint
@@ -48,12 +47,12 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     dataset, ref = DatasetRef(**config["dataset"]), RunRef(**config["run"])
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, round(training.cpus_per_worker)))
-    if ray.train.get_context().get_local_rank() == 0:  # what workers that were killed have left
+    if checkpoints.leads_node():  # what workers that were killed have left
         shutil.rmtree(checkpoints.staging(), ignore_errors=True)
     if rank == 0:
         checkpoints.remove_uncommitted(config["checkpoints"])
     manifest = dataset.manifest()
-    with checkpoints.opened() as folder:
+    with checkpoints.opened(config["begin"]) as folder:
         state = State.read(folder) if folder else State(world)
         if rank == 0 and folder:
             then = f", saved by {state.world} workers" if state.world != world else ""
@@ -69,8 +68,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
     run = tracking.attach(ref) if rank == 0 else None
     balance, validation = task.balance(manifest, settings), dataset.shards("validation")
     loop = Loop(
-        engine, task, settings, balance, coming, state, own, run, validation, terminal=config["terminal"]
-    )
+        engine, task, settings, balance, coming, state, own, run, validation,
+        terminal=config["terminal"], until=config["until"],
+    )  # fmt: skip
     return loop.run_all()
 
 
@@ -90,7 +90,7 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
     universal = state.world != world and zero.is_divided(source)
     if universal:
         source = checkpoints.staging() / "universal"
-        if ray.train.get_context().get_local_rank() == 0:
+        if checkpoints.leads_node():
             zero.to_universal(Path(folder), source)
         dist.barrier()
     engine = zero.initialize(model, settings.training, universal)
@@ -129,6 +129,8 @@ class Loop:
     run: tracking.Run | None
     validation: list[str] = field(default_factory=list)
     terminal: bool = False
+    until: int | None = None
+    """Number of the validation that ends this part of the training; None: it goes to its end."""
 
     def __post_init__(self) -> None:
         self.training = self.settings.training
@@ -136,6 +138,7 @@ class Loop:
         self.device = self.engine.device
         model = self.engine.module
         self.pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self.ended = self._is_over()
         self.rows_in_all = self.training.epochs * self.coming.total
         self.logged = Logged(self.run, self.rows_in_all, self.state, self.terminal)
         if self.own.random:
@@ -157,13 +160,17 @@ class Loop:
                 self.state.seconds += time.perf_counter() - began
                 better = validates and self._validate(group.epoch)
                 last = last or self._is_stopped()
-                if saves or better or last:
+                pauses = not last and self._is_due_to_pause()
+                if saves or better or last or pauses:
                     self.own.left = group.rows_left()
                     self._save(better)
                 elif validates:
                     checkpoints.report(self.state.validations[-1])
                 began = time.perf_counter()
+                if pauses:
+                    break
             if last:
+                self.ended = True
                 break
         self.logged.close()
         return self.summary()
@@ -177,9 +184,16 @@ class Loop:
         patience = self.training.patience
         return patience is not None and self.state.bad >= patience
 
+    def _is_over(self) -> bool:
+        """Whether the checkpoint that this goes on from was the training's last."""
+        return not self.coming.rounds or self._is_stopped() or self.state.step == self.training.max_steps
+
+    def _is_due_to_pause(self) -> bool:
+        return self.until is not None and len(self.state.validations) >= self.until
+
     def _groups(self) -> Iterator[windows.Group]:
         """One optimiser step after another, until the last epoch ends."""
-        if self._is_stopped() or self.state.step == self.training.max_steps:
+        if self.ended or self._is_due_to_pause():
             return
         skip = self.coming.skip
         for of, window in self.coming.tables():
@@ -315,6 +329,7 @@ class Loop:
             "seconds": self.state.seconds,
             "best": self.state.best,
             "stopped_early": self._is_stopped(),
+            "ended": self.ended,
             "resumed": self.state.resumed,
             "peak_memory_gib": memory,
             "precision": zero.precision(self.training),

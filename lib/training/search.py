@@ -8,6 +8,7 @@ settings were best.
     random      values drawn independently
     tpe         tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna
     asha        asynchronous successive halving (Li et al. 2020) over validations
+    pbt         population based training (lib.training.population)
 """
 
 from __future__ import annotations
@@ -17,21 +18,24 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
 from ray import tune
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.errors import ConfigError, unwrap
 from lib.settings import Dimension, Settings, override
+from lib.training import cleaner, population
 from lib.training.fit import check_resources, train
+from lib.training.population import TIME
 
 # Of the trial's own process, which only waits for its workers; Tune takes no 0.
 DRIVER_CPUS = 0.1
 # Validations that no trial reaches: where a trial ends is `training`'s matter, not the scheduler's.
 MOST_VALIDATIONS = 1000
-TIME = "validation"
 
 
 @dataclass(frozen=True)
@@ -40,13 +44,15 @@ class Trial:
 
     number: int
     values: dict[str, Any]
-    """Dotted key → value."""
+    """Dotted key → value; the one at its best validation, where population based training has changed it."""
     score: float | None
     """The best that `training.metric` was at any validation; None when there was none."""
     validations: int
     id: str
     """Ray Tune's name of it, which its run carries as the tag `trial`."""
     error: str | None = None
+    schedule: tuple[tuple[int, dict[str, Any]], ...] = ()
+    """Which values it had from which validation on, where they changed."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +68,10 @@ class Found:
         return self.trials[0]
 
 
-def check(settings: Settings) -> None:
-    """Raises ConfigError for a search without a space, or with a value that the configuration does not allow."""
-    tuning = settings.tuning
-    if not tuning.space:
-        raise ConfigError(
-            "tuning.space is empty; name what is searched, such as "
-            "tuning.space.training.learning_rate: {log_uniform: [1e-5, 1e-3]}"
-        )
-    for key, dimension in tuning.space.items():
-        for value in dimension.ends:
-            override(settings, {key: value}, f"tuning.space.{key}")
-
-
 def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """Try `tuning.trials` settings on the connected cluster. A run that was interrupted goes on.
 
-    The space was checked (`check`). Raises ConfigError when every trial failed, with the first trial's reason,
+    The space was checked (lib.training.space). Raises ConfigError when every trial failed, with the first trial's reason,
     ResourceError when the cluster has no room for one trial.
     """
     check_resources(settings)
@@ -93,14 +86,14 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
             parent=run.ref.id,
             places=tracking.places(),
         ),
-        {"CPU": DRIVER_CPUS},
+        _resources(settings, concurrent),
     )
     if storage.exists(storage.join(path, "tuner.pkl")):
         tuner = tune.Tuner.restore(path, trainable=trainable, resume_unfinished=True, resume_errored=True)
     else:
         tuner = tune.Tuner(
             trainable,
-            param_space={key: _domain(dimension) for key, dimension in settings.tuning.space.items()},
+            param_space=_domains(settings),
             tune_config=tune.TuneConfig(
                 metric=settings.training.metric,
                 mode="min" if lower else "max",
@@ -113,6 +106,8 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     try:
         results = tuner.fit()
     finally:
+        # Workers of a trial that was just ended may still write checkpoints.
+        cleaner.wait_until_freed()
         _end_children(run)
     found = _found(results, settings, lower)
     if found.best.score is None:
@@ -149,9 +144,25 @@ def trial(
     opened = tracking.resume_run(child, chosen) if child else tracking.start_run("trial", chosen)
     with opened as run:
         run.tag(**{"trial": name, "mlflow.parentRunId": parent, "dataset": dataset["fingerprint"]})
+        if chosen.tuning.scheduler == "pbt":
+            population.run_trial(chosen, values, DatasetRef(**dataset), run)
+            return
         result = train(chosen, DatasetRef(**dataset), run, callbacks=[TuneReportCallback()])
         summary = result.return_value
         run.log_metrics({f"best/{key}": value for key, value in summary["best"].items()})
+
+
+def _resources(settings: Settings, concurrent: int) -> dict[str, float]:
+    """What Tune counts for a trial."""
+    if settings.tuning.scheduler != "pbt":
+        return {"CPU": DRIVER_CPUS}
+    # All trials of a population are begun, and wait for one another: no limit on how many Tune begins would
+    # do. A share of what only the head has limits how many run.
+    return {"CPU": DRIVER_CPUS, HEAD_NODE_RESOURCE_NAME: int(9000 / concurrent) / 10000}
+
+
+def _domains(settings: Settings) -> dict[str, Any]:
+    return {key: _domain(dimension) for key, dimension in settings.tuning.space.items()}
 
 
 def _domain(dimension: Dimension) -> Any:
@@ -168,11 +179,13 @@ def _domain(dimension: Dimension) -> Any:
 
 
 def _algorithm(settings: Settings, concurrent: int) -> Any:
-    if settings.tuning.algorithm == "random":
+    tuning = settings.tuning
+    if tuning.algorithm == "random" or tuning.scheduler == "pbt":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         # Tune's own limit does not reach this one.
-        return BasicVariantGenerator(max_concurrent=concurrent, random_state=settings.tuning.seed)
+        limit = 0 if tuning.scheduler == "pbt" else concurrent
+        return BasicVariantGenerator(max_concurrent=limit, random_state=tuning.seed)
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
@@ -185,6 +198,8 @@ def _scheduler(settings: Settings) -> Any:
     tuning = settings.tuning
     if tuning.scheduler == "none":
         return FIFOScheduler()
+    if tuning.scheduler == "pbt":
+        return population.scheduler(settings, _domains(settings))
     return ASHAScheduler(
         time_attr=TIME,
         max_t=MOST_VALIDATIONS,
@@ -197,23 +212,48 @@ def _found(results: Any, settings: Settings, lower: bool) -> Found:
     metric = settings.training.metric
     trials = []
     for number, result in enumerate(results):
-        frame = result.metrics_dataframe
-        scores = list(frame[metric].dropna()) if frame is not None and metric in frame else []
-        best = float(min(scores) if lower else max(scores)) if scores else None
+        rows = _validations(result, metric)
+        best = (min if lower else max)(rows, key=lambda row: row[metric]) if rows else None
         told = unwrap(result.error) if result.error else None
         trials.append(
             Trial(
                 number=number,
-                values=dict(result.config or {}),
-                score=best,
-                validations=len(scores),
+                values=_values(best, result.config) if best else dict(result.config or {}),
+                score=float(best[metric]) if best else None,
+                validations=len(rows),
                 id=str((result.metrics or {}).get("trial_id", "")),
                 error=str(told or result.error) if result.error else None,
+                schedule=_schedule(rows, result.config),
             )
         )
     sign = 1 if lower else -1
     trials.sort(key=lambda t: (t.score is None, sign * (t.score or 0.0), t.number))
     return Found(trials, metric, lower)
+
+
+def _validations(result: Any, metric: str) -> list[dict[str, Any]]:
+    """A trial's reports, in order, one for each validation: an interrupted trial may have reported one twice."""
+    frame = result.metrics_dataframe
+    if frame is None or metric not in frame:
+        return []
+    rows = frame.dropna(subset=[metric]).drop_duplicates(TIME, keep="last").sort_values(TIME)
+    return [dict(row) for row in rows.to_dict("records")]
+
+
+def _values(row: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    """The values that a report was made with; `last` are those that the trial ended with."""
+    # A mapping has no column of its own, and NumPy's numbers are no YAML.
+    values = {key: row.get(f"config/{key}", value) for key, value in last.items()}
+    return {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+
+
+def _schedule(rows: list[dict[str, Any]], last: dict[str, Any]) -> tuple[tuple[int, dict[str, Any]], ...]:
+    changes: list[tuple[int, dict[str, Any]]] = []
+    for row in rows:
+        values = _values(row, last)
+        if not changes or changes[-1][1] != values:
+            changes.append((int(row[TIME]), values))
+    return tuple(changes) if len(changes) > 1 else ()
 
 
 def _end_children(run: tracking.Run) -> None:

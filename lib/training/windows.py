@@ -188,13 +188,20 @@ class Dealer(DataConfig):
     """
 
     def __init__(
-        self, uris: list[str], epochs: int, shuffle_rows: int, run_folder: str, elastic: bool = False
+        self,
+        uris: list[str],
+        epochs: int,
+        shuffle_rows: int,
+        run_folder: str,
+        elastic: bool = False,
+        begin: str | None = None,
     ) -> None:
         super().__init__()
         self.uris = uris
         self.epochs = epochs
         self.shuffle_rows = shuffle_rows
         self.run_folder = run_folder
+        self.begin = begin
         # Workers whose number follows the cluster may hold all its CPU slots; the reads take none then.
         self.cpus_per_read = 0 if elastic else 1
 
@@ -202,7 +209,7 @@ class Dealer(DataConfig):
         self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any
     ) -> list[dict[str, ray.data.DataIterator]]:
         """An iterator over its own windows for each worker, whatever Ray Train holds under the name."""
-        begin = checkpoints.latest_position(self.run_folder, world_size)
+        begin = checkpoints.latest_position(self.run_folder, world_size, self.begin)
         shards = shards_of(self.uris)
         coming = list(rounds(shards[-1].bounds[-1], self.epochs, world_size, self.shuffle_rows, begin))
         source = Windows(shards, coming, world_size, batches.columns(self.uris[0]))

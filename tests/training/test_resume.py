@@ -6,6 +6,7 @@ validation figures and the exported weights of a run that was not, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -34,6 +35,7 @@ from lib.training.fit import Fit, fit
 from tests.trained import make_dataset, use
 
 WAIT_SECONDS = 120
+EPOCHS, ROWS = 4, 480
 
 
 def settings_for(base: Path, **training: object) -> Settings:
@@ -41,7 +43,7 @@ def settings_for(base: Path, **training: object) -> Settings:
     values = {
         "workers": 2,
         "cpus_per_worker": 0.5,
-        "epochs": 6,
+        "epochs": EPOCHS,
         "learning_rate": 1e-3,
         "tokens_per_batch": 128,
         "accumulation": 2,
@@ -56,10 +58,31 @@ def settings_for(base: Path, **training: object) -> Settings:
     return use(base).model_copy(update={"training": TrainingSettings.model_validate(values | training)})
 
 
-@pytest.fixture(autouse=True)
-def quick_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def quick_commits() -> Iterator[None]:
     """Ray Train commits what was uploaded when it next looks at its workers: every 2 s, here sooner."""
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+        yield
+
+
+Whole = Callable[[int], Fit]
+
+
+@pytest.fixture(scope="module")
+def unkilled(ray_cluster: None, tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """Stage → what a run that nothing happened to comes to; each is trained once."""
+    folder = tmp_path_factory.mktemp("unkilled")
+
+    @functools.cache
+    def of(stage: int) -> Fit:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WHORL_STORAGE", str(folder / f"stage-{stage}"))
+            patch.setenv("WHORL_DATABASE", f"sqlite:///{folder}/whorl.db")
+            settings = settings_for(tiny_base, zero_stage=stage)
+            return train(settings, make_dataset(settings, rows=ROWS))
+
+    return of
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -146,30 +169,30 @@ def assert_one_curve(run: tracking.Run, summary: dict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "index"), [(2, 1), (3, 0)])
 def test_a_killed_worker_changes_nothing(
-    stage: int, index: int, ray_cluster: None, storage: Path, tiny_base: Path
+    stage: int, index: int, unkilled: Whole, database: Path, tiny_base: Path
 ) -> None:
     settings = settings_for(tiny_base, zero_stage=stage)
-    dataset = make_dataset(settings, rows=480)
-    unkilled = train(settings, dataset)
-    assert unkilled.summary["resumed"] == []
+    dataset = make_dataset(settings, rows=ROWS)
+    whole = unkilled(stage)
+    assert whole.summary["resumed"] == []
     with (
         tracking.start_run("finetune", settings) as run,
         meanwhile(lambda: kill_a_worker(checkpoints.run_folder(run.ref), index)),
     ):
         killed = fit(settings, dataset, run)
     (at,) = killed.summary["resumed"]
-    assert 0 < at < unkilled.summary["steps"]
-    assert_same(killed, unkilled)
+    assert 0 < at < whole.summary["steps"]
+    assert_same(killed, whole)
     assert_one_curve(run, killed.summary)
     assert not files.exists(run.ref.checkpoints_uri)
 
 
 @pytest.mark.slow
 def test_too_many_kills_end_in_one_line_and_fewer_workers_go_on(
-    ray_cluster: None, storage: Path, tiny_base: Path
+    ray_cluster: None, database: Path, tiny_base: Path
 ) -> None:
     settings = settings_for(tiny_base, zero_stage=3, max_failures=0)
-    dataset = make_dataset(settings, rows=480)
+    dataset = make_dataset(settings, rows=ROWS)
     with pytest.raises(ResourceError) as told, tracking.start_run("finetune", settings) as run:  # noqa: PT012
         run.tag(dataset=dataset.fingerprint)
         with meanwhile(lambda: kill_a_worker(checkpoints.run_folder(run.ref), 1)):
@@ -188,18 +211,21 @@ def test_too_many_kills_end_in_one_line_and_fewer_workers_go_on(
     assert run.status() == "FINISHED"
     assert "error" not in run.tags()
     # The history before is kept, the epochs are as many, and no row is seen twice or left out.
-    assert [v["epoch"] for v in summary["validations"]] == list(range(1, 7))
-    assert summary["rows"] == 6 * 480
+    assert [v["epoch"] for v in summary["validations"]] == list(range(1, EPOCHS + 1))
+    assert summary["rows"] == EPOCHS * ROWS
     assert summary["history"][: len(state.history)] == state.history
-    assert summary["history"][-1]["epoch"] == pytest.approx(6)
+    assert summary["history"][-1]["epoch"] == pytest.approx(EPOCHS)
     assert_one_curve(run, summary)
 
 
 @pytest.mark.slow
 def test_a_run_that_only_lacks_its_export_is_not_trained_again(
-    ray_cluster: None, storage: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, database: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_for(tiny_base, epochs=2, keep_checkpoints=2, checkpoint_every="validation")
+    # A number of steps ends it, with a validation there and one before.
+    settings = settings_for(
+        tiny_base, epochs=50, max_steps=6, validate_every=3, keep_checkpoints=2, checkpoint_every="validation"
+    )
     dataset = make_dataset(settings, rows=120)
 
     def interrupted(*_: object) -> None:
@@ -215,7 +241,8 @@ def test_a_run_that_only_lacks_its_export_is_not_trained_again(
     assert len(checkpoints.committed(checkpoints.run_folder(run.ref))) == 2
     again = train(settings, dataset, run)
     assert again.summary["resumed"] == [state.step]
-    assert again.summary["steps"] == state.step
+    assert again.summary["steps"] == state.step == 6
+    assert [v["step"] for v in again.summary["validations"]] == [3, 6]
     assert again.summary["history"] == state.history
     assert files.published(run.ref.model_uri)
 
@@ -244,10 +271,10 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_goes_on_with_space(
-    ray_cluster: None, small_disk: Path, tiny_base: Path
+    unkilled: Whole, small_disk: Path, tiny_base: Path
 ) -> None:
     settings = settings_for(tiny_base)
-    dataset = make_dataset(settings, rows=480)
+    dataset = make_dataset(settings, rows=ROWS)
     filler = small_disk / "filler"
 
     def fill(folder: str) -> None:
@@ -278,7 +305,7 @@ def test_a_full_disk_is_one_line_and_goes_on_with_space(
         )
     resumed = train(settings, dataset, run)
     assert resumed.summary["resumed"] == [state.step]
-    assert_same(resumed, train(settings, dataset))
+    assert_same(resumed, unkilled(2))
 
 
 def drive(folder: Path, environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
@@ -295,7 +322,7 @@ def drive(folder: Path, environment: dict[str, str], *words: str) -> subprocess.
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_driver_goes_on_with_resume(
-    ray_cluster: None, storage: Path, tiny_base: Path, tmp_path: Path
+    unkilled: Whole, database: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     source = tmp_path / "shop.csv"
     source.write_text("text,label,department\nfits,positive,tops\n")
@@ -303,7 +330,7 @@ def test_a_killed_driver_goes_on_with_resume(
     values["data"]["source"] = str(source)
     settings = Settings.model_validate(values)
     (tmp_path / "shop.yaml").write_text(yaml.safe_dump(values))
-    dataset = make_dataset(settings, plan(settings).ref.fingerprint, rows=480)
+    dataset = make_dataset(settings, plan(settings).ref.fingerprint, rows=ROWS)
 
     with tempfile.TemporaryDirectory(prefix="whorl-", dir="/tmp") as ray_folder:
         environment = {**os.environ, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"}
@@ -334,7 +361,7 @@ def test_a_killed_driver_goes_on_with_resume(
     summary = json.loads(files.read_bytes(files.join(run.artifacts_uri(), "training.json")))
     assert summary["resumed"] == [at]
     assert_one_curve(run, summary)
-    assert_same(Fit(run.ref.model_uri, summary), train(settings, dataset))
+    assert_same(Fit(run.ref.model_uri, summary), unkilled(2))
     with pytest.raises(RegistryError, match=r"is finished, its model is .*; start a new run"):
         resume.check(run, settings, dataset)
 

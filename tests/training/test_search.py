@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 import yaml
+from ray import tune
+from ray._private.state import actors
+from ray.tune.schedulers.pbt import _explore
 
 from lib import storage as places
 from lib import tracking
-from lib.errors import ConfigError
+from lib.data.plan import plan
+from lib.errors import ConfigError, RegistryError, ResourceError
 from lib.settings import Dimension, Settings, load_settings, override
-from lib.training import trials_plots
-from lib.training.search import Found, Trial, check, room, search
-from tests.conftest import WORDS
+from lib.training import cleaner, population, trials_plots
+from lib.training.population import ENDS, TIME
+from lib.training.search import Found, Trial, room, search
+from lib.training.space import MUTABLE, check
 from tests.training.test_fit import make_dataset, settings_for
+from tests.training.test_resume import wait_for
 
 
 def with_search(settings: Settings, **tuning: Any) -> Settings:
@@ -115,13 +129,129 @@ def test_places_are_between_the_ends() -> None:
     assert trials_plots.place(Dimension(integer=(1, 5)), 2) == 0.25
 
 
+POPULATION = {"scheduler": "pbt", "space": {"training.learning_rate": {"uniform": [1e-4, 1e-2]}}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"space": {"training.tokens_per_batch": {"integer": [64, 128]}}},
+            r"tuning\.space\.training\.tokens_per_batch: .* changes values during a training, which .*; those "
+            r"that do are training\.learning_rate, ",
+        ),
+        ({"algorithm": "tpe"}, r"tuning\.algorithm tpe does not go with tuning\.scheduler pbt.*; leave"),
+        ({"trials": 1}, r"tuning\.trials 1: .* give it 2 or more"),
+    ],
+)
+def test_what_a_population_cannot_do_is_one_line(changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check(with_search(settings_for(Path("base")), **POPULATION | changed))
+
+
+def test_mutable_keys_exist_and_may_be_searched_by_a_population() -> None:
+    settings = settings_for(Path("base"))
+    for key in MUTABLE:
+        section, name = key.split(".")
+        value = getattr(getattr(settings, section), name)
+        check(with_search(settings, **POPULATION | {"space": {key: {"choice": [value]}}}))
+
+
+def test_values_stay_between_the_ends_when_they_are_perturbed() -> None:
+    space = {"training.label_smoothing": {"uniform": [0.1, 0.11]}, "training.clip": {"choice": [1.0, 2.0]}}
+    made = population.scheduler(
+        with_search(settings_for(Path("base")), **POPULATION | {"space": space}),
+        {"training.label_smoothing": tune.uniform(0.1, 0.11)},
+    )
+    for _ in range(50):
+        values, _ = _explore(
+            {"training.label_smoothing": 0.105, "training.clip": 2.0},
+            made._hyperparam_mutations,
+            made._resample_probability,
+            made._perturbation_factors,
+            made._custom_explore_fn,
+        )
+        assert 0.1 <= values["training.label_smoothing"] <= 0.11
+        assert values["training.clip"] in (1.0, 2.0)
+
+
+def test_a_part_is_named_by_what_it_begins_from_and_with(database: Path, tiny_base: Path) -> None:
+    with tracking.start_run("trial", settings_for(tiny_base)) as run:
+        pass
+    rate = {"training.learning_rate": 0.1}
+    first = population.part_of(run, rate, None, 0, 2)
+    assert first == population.part_of(run, dict(rate), None, 0, 2)
+    others = [
+        population.part_of(run, {"training.learning_rate": 0.2}, None, 0, 2),
+        population.part_of(run, rate, "file:///there", 0, 2),
+        population.part_of(run, rate, None, 2, 4),
+    ]
+    assert len({first.name, *(other.name for other in others)}) == 4
+
+
+def test_a_search_is_checked_before_ray_is_started(
+    database: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jobs import tune as job
+
+    monkeypatch.setattr(job, "connect", lambda: pytest.fail("Ray was started"))
+    (tmp_path / "tiny.csv").write_text("text,label\nfits,good\n")
+    settings = with_search(settings_for(tiny_base), **POPULATION)
+    settings = override(settings, {"data.source": str(tmp_path / "tiny.csv")}, "test")
+    make_dataset(settings, rows=40, fingerprint=plan(settings).ref.fingerprint)
+    wrong = with_search(settings, space={"training.lerning_rate": {"uniform": [0, 1]}})
+    with pytest.raises(ConfigError, match=r"tuning\.space\.training\.lerning_rate"):
+        job.tune(wrong)
+    monkeypatch.setattr(job, "free_bytes", lambda place: 1 << 20)
+    with pytest.raises(
+        ResourceError,
+        match=r"checkpoints of 8 trials, 4 of 0\.00 GiB each, need .* has 0\.0 GiB free; lower tuning\.trials",
+    ):
+        job.tune(settings)
+
+
+class Stub:
+    """As much of Tune's controller and trial as the scheduler asks."""
+
+    def __init__(self, **given: Any) -> None:
+        self.__dict__ |= given
+
+
+def test_a_trial_that_ends_early_holds_nobody_up() -> None:
+    made = population.scheduler(
+        with_search(settings_for(Path("base")), **POPULATION),
+        {"training.learning_rate": tune.uniform(1e-4, 1e-2)},
+    )
+    waiting, ended = Stub(status="PAUSED"), Stub(status="RUNNING")
+    controller = Stub(get_live_trials=lambda: [waiting, ended], get_trials=lambda: [waiting, ended])
+    made._trial_state = {waiting: Stub(last_train_time=1), ended: Stub(last_train_time=0)}
+    assert made.choose_trial_to_run(controller) is None
+    assert made.on_trial_result(controller, ended, {TIME: 1, ENDS: True}) == "CONTINUE"
+    made.on_trial_complete(controller, ended, {})
+    assert made.choose_trial_to_run(controller) is waiting
+
+
+def assert_nothing_is_left(before: int) -> None:
+    """No slot is taken, and no worker or controller of a trial lives."""
+    job = ray.get_runtime_context().get_job_id()
+    wait_for(lambda: not [g for g in cleaner.groups() if g.creator_job_id.hex() == job], "freed slots")
+    kinds = ("RayTrainWorker", "TrainController", "Guard", "ImplicitFunc")
+
+    def alive() -> list[str]:
+        found = actors(job_id=ray.JobID.from_hex(job), actor_state_name="ALIVE").values()
+        return [a["ActorClassName"] for a in found if any(kind in a["ActorClassName"] for kind in kinds)]
+
+    wait_for(lambda: not alive(), "the end of all trials' processes")
+    wait_for(lambda: ray.available_resources().get("CPU") == before, "the cluster's slots")
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_the_better_learning_rate_wins_and_nothing_is_left(
+def test_the_better_learning_rate_wins_and_the_worse_is_ended_early(
     ray_cluster: None, database: Path, tiny_base: Path
 ) -> None:
-    settings = settings_for(tiny_base, workers=1, epochs=5, metric="macro_f1")
+    settings = settings_for(tiny_base, workers=1, epochs=4, metric="macro_f1")
     settings = with_search(
         settings,
         space={"training.learning_rate": {"choice": [1e-7, 5e-3]}, "training.warmup": {"uniform": [0, 0.2]}},
@@ -129,60 +259,172 @@ def test_the_better_learning_rate_wins_and_nothing_is_left(
         algorithm="random",
         concurrency=1,
         scheduler="asha",
+        grace=1,
         reduction=2,
         seed=3,  # draws the good rate, the bad one, the good one
     )
     dataset = make_dataset(settings, rows=160)
+    slots = ray.available_resources()["CPU"]
     with tracking.start_run("tune", settings) as run:
         found = search(settings, dataset, run)
+    assert_nothing_is_left(slots)
     assert len(found.trials) == 3
-    rates = [trial.values["training.learning_rate"] for trial in found.trials]
-    assert set(rates) == {1e-7, 5e-3}, "the seed draws both"
+    by_number = sorted(found.trials, key=lambda t: t.number)
+    assert [t.values["training.learning_rate"] for t in by_number] == [5e-3, 1e-7, 5e-3], (
+        "the seed draws these"
+    )
     assert found.best.values["training.learning_rate"] == 5e-3
+    assert found.best.validations == 4
     assert found.best.score is not None
     assert found.best.score > 0.9
-    assert found.trials[-1].values["training.learning_rate"] == 1e-7
+    assert by_number[1].validations == 1
+    assert found.trials[-1] == by_number[1]
 
-    children = tracking.children(run.ref.id, "tiny")
+    children = {child.tags()["trial"]: child for child in tracking.children(run.ref.id, "tiny")}
     assert len(children) == 3
-    assert {child.status() for child in children} <= {"FINISHED", "KILLED"}
-    assert not any(places.exists(child.ref.checkpoints_uri) for child in children)
+    assert children[found.best.id].status() == "FINISHED"
+    assert children[by_number[1].id].status() == "KILLED"
+    assert not any(places.exists(child.ref.checkpoints_uri) for child in children.values())
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
-def test_the_winner_is_a_configuration(
-    ray_cluster: None,
-    database: Path,
-    tiny_base: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_population_of_zero_trials_takes_over_from_the_better(
+    ray_cluster: None, database: Path, tiny_base: Path
+) -> None:
+    # With a rate of next to nothing a model stays what it is.
+    still, good = 1e-12, 5e-3
+    settings = settings_for(
+        tiny_base,
+        zero_stage=2,
+        epochs=4,
+        metric="loss",
+        schedule="constant",
+        warmup=0,
+        learning_rate=good,
+        tokens_per_batch=24,
+    )
+    settings = with_search(
+        settings,
+        space={"training.learning_rate": {"choice": [still, good]}},
+        trials=2,
+        scheduler="pbt",
+        perturb_every=2,
+        quantile=0.5,
+        seed=2,  # draws the good rate and the other
+    )
+    dataset = make_dataset(settings, rows=160)
+    slots = ray.available_resources()["CPU"]
+    assert room(settings, ray.cluster_resources()) >= 2
+    with tracking.start_run("tune", settings) as run:
+        found = search(settings, dataset, run)
+    assert_nothing_is_left(slots)
+    # Both trained at the same time.
+    children = {child.tags()["trial"]: child for child in tracking.children(run.ref.id, "tiny")}
+    spans = [child.client.get_run(child.ref.id).info for child in children.values()]
+    assert max(span.start_time for span in spans) < min(span.end_time for span in spans)
+    assert {child.status() for child in children.values()} == {"FINISHED"}
+    assert not any(places.exists(child.ref.checkpoints_uri) for child in children.values())
+
+    def losses(trial: Trial) -> list[float]:
+        run = children[trial.id]
+        return [m.value for m in run.client.get_metric_history(run.ref.id, "validation/loss")]
+
+    assert [trial.validations for trial in found.trials] == [4, 4]
+    (taker,) = [trial for trial in found.trials if trial.schedule]
+    (giver,) = [trial for trial in found.trials if not trial.schedule]
+    assert giver.values == {"training.learning_rate": good}
+    (first, before), (then, after) = taker.schedule
+    assert (first, before) == (1, {"training.learning_rate": still})
+    assert then == 3
+    taken, given = losses(taker), losses(giver)
+    assert taken[0] == pytest.approx(taken[1], abs=1e-6), "it learned nothing until it took over"
+    assert given[1] < taken[1]
+    # Weights, optimiser, random states and position are the giver's, and the rate is the taker's own.
+    if after["training.learning_rate"] == still:
+        assert taken[2:] == pytest.approx([given[1]] * 2, abs=1e-6)
+    else:
+        assert taken[2:] == given[2:]
+    assert found.best.score == min(taken + given)
+
+
+def drive(folder: Path, environment: dict[str, str], *words: str) -> subprocess.Popen[str]:
+    """jobs.tune as a user starts it, with a Ray of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.tune", "--config", str(folder / "tiny.yaml"), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
+    database: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     from jobs import tune as job
-    from jobs.preprocess import preprocess
 
-    settings = settings_for(tiny_base, workers=1, epochs=1)
-    settings = with_search(
-        settings, space={"training.learning_rate": {"log_uniform": [1e-3, 1e-2]}}, trials=2, scheduler="none"
-    )
-    rows = [
-        f"the dress is {['awful', 'great'][i % 2]} {WORDS[i % 20]} {WORDS[i // 20]},{i % 2}"
-        for i in range(200)
-    ]
-    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]))
-    source = {"data.source": str(tmp_path / "mine.csv"), "data.labels": {"0": "bad", "1": "good"}}
-    settings = override(settings, source, "test")
-    preprocess(settings)
-    job.tune(settings)
-    run = tracking.find_run(settings, "tune")
+    values = with_search(
+        settings_for(tiny_base, workers=1, epochs=1),
+        space={"training.learning_rate": {"log_uniform": [1e-3, 1e-2]}},
+        trials=3,
+        scheduler="none",
+        concurrency=1,
+    ).model_dump(mode="json")
+    source = tmp_path / "tiny.csv"
+    source.write_text("text,label\nfits,good\n")
+    values["data"]["source"] = str(source)
+    settings = Settings.model_validate(values)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    make_dataset(settings, rows=160, fingerprint=plan(settings).ref.fingerprint)
+
+    with tempfile.TemporaryDirectory(prefix="whorl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
+        environment = {**os.environ, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"}
+        driver = drive(tmp_path, environment)
+        run_id = next(line for line in driver.stdout if line.startswith("run ")).split()[1].rstrip(":")
+
+        def states() -> list[str]:
+            return sorted(child.status() for child in tracking.children(run_id, "tiny"))
+
+        wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
+        assert driver.poll() is None, driver.stderr.read()
+        own = psutil.Process(driver.pid).children(recursive=True)
+        os.kill(driver.pid, signal.SIGKILL)
+        assert driver.wait() == -signal.SIGKILL
+        psutil.wait_procs(own, timeout=30)
+        for process in own:
+            if process.is_running():
+                process.kill()
+        assert states() == ["FINISHED", "RUNNING"]
+        (first,) = [c for c in tracking.children(run_id, "tiny") if c.status() == "FINISHED"]
+        ended = first.client.get_run(first.ref.id).info.end_time
+
+        again = drive(tmp_path, environment, "--tuning.resume", run_id)
+        said, err = again.communicate(timeout=400)
+    assert again.returncode == 0, err
+    assert "Failed to query" not in err + said
+    assert "multiple active Ray" not in err + said
+    run = tracking.find_run(settings, "tune", run_id)
+    assert run.status() == "FINISHED"
+    # The trial that was finished was not trained again, the one that was interrupted was, and none came twice.
+    children = tracking.children(run_id, "tiny")
+    assert [child.status() for child in children] == ["FINISHED"] * 3
+    assert first.client.get_run(first.ref.id).info.end_time == ended
+    assert sorted("resumed" in child.tags() for child in children) == [False, False, True]
+    trials = json.loads(places.read_bytes(places.join(run.artifacts_uri(), "trials.json")))["trials"]
+    assert len({trial["id"] for trial in trials}) == 3
+    assert all(trial["score"] is not None for trial in trials)
+
     best = places.join(run.ref.uri, job.BEST)
-    values = yaml.safe_load(places.read_bytes(best))
-    chosen = Settings.model_validate(values)
-    assert 1e-3 <= chosen.training.learning_rate <= 1e-2
+    chosen = Settings.model_validate(yaml.safe_load(places.read_bytes(best)))
+    assert chosen.training.learning_rate == trials[0]["values"]["training.learning_rate"]
     assert chosen.model == settings.model
-    said = capsys.readouterr().out
     assert f"best settings: {best}" in said
     assert said.index("trial ") < said.index("best settings")
     names = {f.path for f in run.client.list_artifacts(run.ref.id)}
     assert {"trials.json", "parallel.png"} <= names
+    with pytest.raises(RegistryError, match="is finished, its best settings are"):
+        job.interrupted(with_search(settings, **values["tuning"] | {"resume": run_id}))
