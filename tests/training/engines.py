@@ -27,6 +27,7 @@ class Job:
     steps: int = 3
     first: int = 0
     universal: bool = False
+    keeps_states: bool = False
 
 
 @dataclass
@@ -38,6 +39,10 @@ class Outcome:
     rates: list[float]
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Of the trained parameters, by name."""
+    states: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
+    """Of the trained parameters at the end, whole: `fp32`, `exp_avg`, `exp_avg_sq`."""
+    counts: set[float] = field(default_factory=set)
+    """Adam's number of steps, of every group."""
 
 
 def build(base: Path, head: str) -> Any:
@@ -88,8 +93,27 @@ def run(job: Job) -> Outcome:
     outcome = Outcome(
         losses, logits, [g["weight_decay"] for g in groups], [g["lr_scale"] for g in groups], shapes
     )
+    if job.keeps_states:
+        outcome.states = states(engine)
+        outcome.counts = {
+            float(state["step"]) for state in engine.basic_optimizer.state.values() if "step" in state
+        }
     if job.to:
         job.to.mkdir(parents=True, exist_ok=True)
         checkpoints.write_engine(engine, job.to, job.first + job.steps)
     engine.destroy()
     return outcome
+
+
+def states(engine: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """What the optimiser holds of each trained parameter, gathered from all ranks; collective."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            moments = {
+                k: safe_get_full_optimizer_state(parameter, k).clone() for k in ("exp_avg", "exp_avg_sq")
+            }
+            found[name] = moments | {"fp32": safe_get_full_fp32_param(parameter).clone()}
+    return found

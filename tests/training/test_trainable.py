@@ -19,7 +19,9 @@ LORA = {"kind": "lora", "rank": 4, "dropout": 0.1}
 def exported(job: Job, tmp_path: Path) -> torch.Tensor:
     """Logits of what plain transformers reads after the export."""
     assert job.to
-    model = restore(build(job.base, job.head), job.base, settings(job.training), job.to, str(tmp_path / "adapter"))
+    model = restore(
+        build(job.base, job.head), job.base, settings(job.training), job.to, str(tmp_path / "adapter")
+    )
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     with torch.no_grad():
         logits: torch.Tensor = build(tmp_path / "model", job.head).eval()(input_ids=ids(0)).logits
@@ -39,7 +41,13 @@ def exported(job: Job, tmp_path: Path) -> torch.Tensor:
 )
 @pytest.mark.parametrize("head", [CLASSES, WORDS])
 def test_exported_is_what_was_trained(
-    head: str, means: dict[str, Any], stage: int, pair: Ranks, tiny_base: Path, tiny_llama: Path, tmp_path: Path
+    head: str,
+    means: dict[str, Any],
+    stage: int,
+    pair: Ranks,
+    tiny_base: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
 ) -> None:
     base = tiny_base if head == CLASSES else tiny_llama
     training = means | {"zero_stage": stage, "gradient_checkpointing": True}
