@@ -417,14 +417,14 @@ class PlanSettings(Section):
     workers_per_host: Positive = 8
     host_memory_gib: Annotated[float, Field(gt=0)] = 1024
     """Memory of a host that has accelerators."""
-    zero_init: bool = False
-    """In ZeRO-3 each rank reads its own part of the model instead of building all of it."""
+    zero_init: bool | None = None
+    """In ZeRO-3 each rank reads its own part of the model instead of building all of it; None: as in `training`."""
     sequence: Positive | None = None
     """Tokens in a sequence; None takes `model.max_length`."""
     tokens: Positive | None = None
     """Training tokens in one epoch; None takes those of the dataset."""
     trainable: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the parameters that is trained."""
+    """Share of the parameters that is trained, where neither `training.adapter` nor `training.layers` says so."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Model FLOPs utilisation: the share of the peak that training reaches."""
     network_gb_s: Annotated[float, Field(gt=0)] = 50
