@@ -2,6 +2,7 @@
 
     datasets/NAME/FINGERPRINT/   DatasetRef   manifest.json, {train,validation,test}/part-*.parquet
     runs/RUN_ID/model/           RunRef       exported best checkpoint, a model directory
+    runs/RUN_ID/adapter/         RunRef       its LoRA or DoRA adapter alone, as PEFT reads it
     runs/RUN_ID/evaluation/      EvalReport   report.json, report.html, *.png
     models/NAME/VERSION/         ModelRef     a registered model version; never changes
 
@@ -64,6 +65,10 @@ class RunRef:
     @property
     def model_uri(self) -> str:
         return storage.join(self.uri, "model")
+
+    @property
+    def adapter_uri(self) -> str:
+        return storage.join(self.uri, "adapter")
 
     @property
     def evaluation_uri(self) -> str:

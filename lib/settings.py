@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -200,6 +200,20 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
 
 
+class AdapterSettings(Section):
+    """Matrices of low rank beside the weights (PEFT), trained in their place; fresh heads are trained whole."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: Hu et al. 2021; dora: magnitude and direction apart (Liu et al. 2024)."""
+    rank: Positive = 8
+    alpha: Positive = 16
+    """The product is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Of the adapters' input."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of the modules that get an adapter, such as `[query, value]`; all-linear: every linear map of the layers."""
+
+
 class TrainingSettings(Section):
     """From a dataset to a model (`jobs.finetune`): Ray Train workers, each with a DeepSpeed engine."""
 
@@ -209,12 +223,32 @@ class TrainingSettings(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     zero_stage: Literal[0, 1, 2, 3] = 2
     """ZeRO stage (Rajbhandari et al. 2020): 0 replicates, 1 shards optimiser state, 2 gradients too, 3 parameters too."""
+    zero_init: bool = True
+    """In ZeRO-3 the model is divided while it is read, so that no worker ever holds all of it."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lies in the host's memory instead of the GPU's: nothing, optimiser states (ZeRO-1 to 3), or parameters
+    too (ZeRO-3)."""
+    offload_path: str | None = None
+    """Folder on an NVMe disk of each node that takes what `offload` names instead of the host's memory (ZeRO-3)."""
+    deepspeed: str | dict[str, Any] | None = None
+    """DeepSpeed's own configuration, a JSON file or a mapping, laid over ours; what another key decides is refused."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest again in the backward pass (Chen et al. 2016)."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the processor or GPU has it, else fp32."""
     epochs: Positive = 3
     max_steps: Positive | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    adapter: AdapterSettings | None = None
+    """None trains the weights themselves."""
+    layers: Positive | None = None
+    """Train only so many of the last layers and what comes after them; None trains all."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor by which each layer learns more slowly than the one above it; the head learns at `learning_rate`
+    (Howard and Ruder 2018; Clark et al. 2020)."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """Strength of the uniform noise on the embeddings while training (NEFTune, Jain et al. 2023); 0 is none."""
     warmup: Share = 0.1
     """Share of all steps over which the learning rate rises from 0."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -257,6 +291,18 @@ class TrainingSettings(Section):
         if isinstance(value, tuple) and value[0] > value[1]:
             raise ValueError(f"[least, most] must rise, not fall from {value[0]} to {value[1]}")
         return value
+
+    @model_validator(mode="after")
+    def _together(self) -> TrainingSettings:
+        if self.adapter and self.layers:
+            raise ValueError("adapter and layers exclude each other; leave one of them out")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload {self.offload} needs zero_stage 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError(f"offload all needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_path and (self.offload == "none" or self.zero_stage != 3):
+            raise ValueError("offload_path needs zero_stage 3 and offload optimizer or all")
+        return self
 
     @property
     def least_workers(self) -> int:
@@ -379,14 +425,14 @@ class PlanSettings(Section):
     workers_per_host: Positive = 8
     host_memory_gib: Annotated[float, Field(gt=0)] = 1024
     """Memory of a host that has accelerators."""
-    zero_init: bool = False
-    """In ZeRO-3 each rank reads its own part of the model instead of building all of it."""
+    zero_init: bool | None = None
+    """In ZeRO-3 each rank reads its own part of the model instead of building all of it; None: as in `training`."""
     sequence: Positive | None = None
     """Tokens in a sequence; None takes `model.max_length`."""
     tokens: Positive | None = None
     """Training tokens in one epoch; None takes those of the dataset."""
     trainable: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the parameters that is trained."""
+    """Share of the parameters that is trained, where neither `training.adapter` nor `training.layers` says so."""
     mfu: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Model FLOPs utilisation: the share of the peak that training reaches."""
     network_gb_s: Annotated[float, Field(gt=0)] = 50
@@ -573,11 +619,12 @@ def _known_keys(path: list[str]) -> list[str]:
     section: type[BaseModel] = Settings
     for part in path:
         field = section.model_fields.get(part)
-        if field is None or not (
-            isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        ):
+        # `AdapterSettings | None` is a section too.
+        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
             return []
-        section = field.annotation
+        section = inner[0]
     return list(section.model_fields)
 
 

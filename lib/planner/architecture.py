@@ -180,6 +180,11 @@ def read(base: str, vocabulary_head: bool, dropout: float | None = None) -> Arch
     return _architecture(base, values, tensors, vocabulary_head, dropout)
 
 
+def shapes(base: str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every floating-point tensor of a base model. Raises ModelError as `read` does."""
+    return _tensors(_folder(base), base)
+
+
 def _folder(base: str) -> str:
     """The model directory as a URI, without fetching weights unless the hub leaves no other way."""
     if is_sample(base):
@@ -246,7 +251,7 @@ def _architecture(
     width = value("hidden_size", "n_embd", "dim", "d_model")
     heads = value("num_attention_heads", "n_head", "n_heads")
     vocabulary = value("vocab_size")
-    embeddings = {n: s for n, s in tensors.items() if len(s) == 2 and _is_embedding(n)}
+    embeddings = {n: s for n, s in tensors.items() if len(s) == 2 and is_embedding(n)}
     lookups = sum(math.prod(s) for s in embeddings.values())
     own_head = any(n.startswith(PRETRAINED_HEADS) and s[:1] == (vocabulary,) for n, s in tensors.items())
     if vocabulary_head and not own_head:  # the embedding serves as the output's matrix
@@ -279,7 +284,7 @@ def _architecture(
     )
 
 
-def _is_embedding(name: str) -> bool:
+def is_embedding(name: str) -> bool:
     """Whether a tensor is a table of embeddings (`word_embeddings`, `embed_tokens`, `tok_embeddings`, `wte`, `wpe`)."""
     module = name.rpartition(".")[0].rpartition(".")[2]
     return module.endswith("embeddings") or module in (

@@ -51,12 +51,12 @@ def _refusal(model: Architecture, used: Memory, machine: Accelerator) -> str:
     layout, needed = used.layout, _needed(used)
     largest = sorted(used.peak.device.items(), key=lambda part: -part[1])[:3]
     why = ", ".join(f"{SHOWN[name]} {size / GIB:.1f}" for name, size in largest)
-    if not layout.gpu and needed > used.host_running:
+    if not layout.gpu and needed > used.host_running and not (layout.zero_init and layout.zero_stage == 3):
         why = f"each builds the whole model in fp32: {used.load / GIB:.1f}"
     elif not layout.gpu:
         why = f"each {used.device / GIB:,.1f}: {why}"
     where = "on each GPU" if layout.gpu else f"for {layout.workers} workers on this machine"
-    mends = [f"{key} {value:,}".replace(",", "") for key, value in _mends(model, layout, machine)]
+    mends = [f"{key} {value}" for key, value in _mends(model, layout, machine)]
     return (
         f"training would take {needed / GIB:,.1f} GiB {where} ({why}) of {machine.memory / GIB:,.1f} GiB; "
         + (
@@ -68,7 +68,7 @@ def _refusal(model: Architecture, used: Memory, machine: Accelerator) -> str:
     )
 
 
-def _mends(model: Architecture, layout: Layout, machine: Accelerator) -> Iterator[tuple[str, int]]:
+def _mends(model: Architecture, layout: Layout, machine: Accelerator) -> Iterator[tuple[str, int | str]]:
     """Of each key that could be changed alone, the nearest value that fits."""
 
     def fits(**changed: Any) -> bool:
@@ -83,6 +83,8 @@ def _mends(model: Architecture, layout: Layout, machine: Accelerator) -> Iterato
             if fits(workers=workers, workers_per_host=workers):
                 yield "training.workers", workers
                 break
+    if not layout.checkpointing and fits(checkpointing=True):
+        yield "training.gradient_checkpointing", "true"
     tokens = layout.tokens // 2
     while tokens >= layout.sequence:
         if fits(tokens=tokens):

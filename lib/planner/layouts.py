@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lib.errors import ConfigError, nearest
-from lib.planner import architecture, hardware, memory, timing
+from lib.planner import architecture, hardware, memory, timing, trained
 from lib.planner.architecture import Architecture
 from lib.planner.hardware import Accelerator
 from lib.planner.memory import GIB, Layout, Memory
@@ -116,7 +116,10 @@ def layout(model: Architecture, settings: Settings, *, gpu: bool) -> Layout:
         gpu=gpu,
         # On a CPU encoders take an attention of our own, which writes the scores out (lib/training/dropout.py).
         fused=gpu or model.causal,
-        trainable=settings.plan.trainable,
+        trainable=trained.share(model, settings),
+        offload=training.offload,
+        checkpointing=training.gradient_checkpointing,
+        zero_init=training.zero_init if settings.plan.zero_init is None else settings.plan.zero_init,
     )
 
 
@@ -137,7 +140,6 @@ def candidates(model: Architecture, settings: Settings, *, gpu: bool) -> Iterato
                     workers=workers,
                     workers_per_host=wanted.workers_per_host if gpu else workers,
                     offload=offload,
-                    zero_init=wanted.zero_init,
                 )
                 yield Candidate(memory.plan(model, one), memory.plan(model, replace(one, checkpointing=True)))
 

@@ -153,7 +153,8 @@ class Memory:
     def host_running(self) -> int:
         """Bytes of all workers of one host while they train."""
         offloaded = max(sum(phase.host.values()) for phase in self.phases)
-        each = offloaded + HOST_LIBRARIES if self.layout.gpu else max(self.device, offloaded)
+        # Without a GPU both are one memory.
+        each = offloaded + (HOST_LIBRARIES if self.layout.gpu else self.device)
         return self.layout.on_host * each
 
     def part(self, name: str) -> int:
@@ -223,7 +224,7 @@ def states(model: Architecture, layout: Layout) -> tuple[Parts, Parts]:
             host["buffers"] = p * (size.own + model.largest)
     if layout.offload == "all":
         host["parameters"] = device.pop("parameters")
-    if host:
+    if host and layout.gpu:  # nothing is pinned without one
         host["slack"] = int((PINNED - 1) * sum(host.values()))
     if layout.zero_stage == 3 and layout.offload == "none":
         device["gradients"] = p * size.own

@@ -246,7 +246,7 @@ def save(engine: Any, state: State, own: Own, rank: int, metrics: dict[str, floa
     staging().mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{name_of(state.step)}-", dir=staging()))
     try:
-        engine.save_checkpoint(str(folder), tag=ENGINE, client_state={"step": state.step})
+        write_engine(engine, folder, state.step)
         own.write(folder, rank)
         if rank == 0:
             state.write(folder)
@@ -265,6 +265,21 @@ def save(engine: Any, state: State, own: Own, rank: int, metrics: dict[str, floa
         delete_local_checkpoint_after_upload=True,
         checkpoint_upload_fn=_upload,
     )
+
+
+def write_engine(engine: Any, folder: Path, step: int) -> None:
+    """This worker's part of the weights and the optimiser; collective. What is frozen is in the base model."""
+    engine.save_checkpoint(
+        str(folder),
+        tag=ENGINE,
+        client_state={"step": step},
+        exclude_frozen_parameters=is_partial(engine.module),
+    )
+
+
+def is_partial(model: Any) -> bool:
+    """Whether some parameters are frozen."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
 
 
 def report(metrics: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -32,8 +33,9 @@ from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
 from lib.tasks import load_task
-from lib.training import checkpoints, loop, windows
+from lib.training import checkpoints, loop, overrides, windows, zero
 from lib.training.dropout import plain_attention
+from lib.training.restore import restore
 from lib.training.trainer import Trainer
 
 
@@ -68,12 +70,15 @@ def train(
     """Train on `dataset`, all or one part of it, and leave the checkpoints under the run.
 
     A run that has checkpoints goes on from the latest. Raises ResourceError when the cluster is too small,
-    DataError for an empty dataset, ModelError for a base that cannot be used; nothing is started then.
+    DataError for an empty dataset, ModelError for a base that cannot be used, ConfigError for a
+    `training.deepspeed` that contradicts another key; nothing is started then.
     Raises StorageError when there is no space for a checkpoint, and ResourceError when workers were lost
     more often than `training.max_failures`; what was committed stays, for the run to go on from.
     """
     manifest = dataset.manifest()
     base_directory(settings.model.base)
+    settings = overrides.resolve(settings)
+    zero.check_offload(settings.training)
     check_resources(settings)
     if manifest["splits"]["train"]["rows"] < settings.training.most_workers:
         raise DataError(
@@ -180,10 +185,10 @@ def _trainer(
 
 
 def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any) -> None:
-    """Publish a model directory that plain transformers reads."""
+    """Publish a model directory that plain transformers reads, and the adapter beside it when there is one."""
     task, base = load_task(settings.task), base_directory(settings.model.base)
-    model = task.build(base, settings)
-    model.load_state_dict(loop.joined_checkpoint(checkpoint), strict=False)
+    with checkpoint.as_directory() as folder:
+        model = restore(task.build(base, settings), base, settings.training, Path(folder), run.adapter_uri)
     plain_attention(model)
     info = TaskFile(
         task=settings.task,

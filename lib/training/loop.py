@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ray.train import Checkpoint
 from ray.train.v2._internal.execution import context
 
 from lib import tracking
@@ -30,7 +29,7 @@ from lib.errors import ConfigError
 from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, load_task
-from lib.training import batches, checkpoints, windows, zero
+from lib.training import batches, checkpoints, trainable, windows, zero
 from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
 
@@ -77,13 +76,9 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
 def start_engine(settings: Settings, state: State, folder: str | None, world: int) -> Any:
     """A DeepSpeed engine as it was when the checkpoint in `folder` was saved; a new one without."""
     seed, rank = settings.training.seed, dist.get_rank()
-    torch.manual_seed(seed)
-    model = load_task(settings.task).build(base_directory(settings.model.base), settings)
-    if not torch.cuda.is_available():
-        use_fast_dropout(model)
     # Ranks must not drop the same elements.
     if folder is None:
-        engine = zero.initialize(model, settings.training)
+        engine = build_engine(settings)
         torch.manual_seed(seed * 1000 + rank)
         return engine
     source = Path(folder)
@@ -93,7 +88,7 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
         if checkpoints.leads_node():
             zero.to_universal(Path(folder), source)
         dist.barrier()
-    engine = zero.initialize(model, settings.training, universal)
+    engine = build_engine(settings, universal)
     zero.load(engine, source)
     if universal:
         dist.barrier()
@@ -101,6 +96,17 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
     # The same number of workers gets its random states back (Loop); others start new ones.
     torch.manual_seed(int(np.random.SeedSequence([seed, rank, state.step]).generate_state(1)[0]))
     return engine
+
+
+def build_engine(settings: Settings, universal: bool = False) -> Any:
+    """A DeepSpeed engine around the base model, what is not trained frozen; the same on every rank."""
+    training, base = settings.training, base_directory(settings.model.base)
+    torch.manual_seed(training.seed)
+    with zero.divided(training):
+        model = trainable.prepare(load_task(settings.task).build(base, settings), base, training)
+    if not torch.cuda.is_available():
+        use_fast_dropout(model)
+    return zero.initialize(model, training, universal, base)
 
 
 def learning_rate(training: TrainingSettings, progress: float) -> float:
@@ -234,7 +240,7 @@ class Loop:
             progress = max(progress, self.state.step / self.training.max_steps)
         rate = learning_rate(self.training, progress)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_scale"]
 
     def _log(self) -> None:
         """Add the mean loss since the last record, and what goes with it, to the history."""
@@ -252,7 +258,7 @@ class Loop:
             "step": step,
             "epoch": self.state.seen / self.coming.total,
             "loss": loss,
-            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "learning_rate": max(group["lr"] for group in self.engine.optimizer.param_groups),
             "gradient_norm": float(norm) if norm is not None else 0.0,
             "tokens_per_second": float(total[1]) / max(self.state.seconds, 1e-9),
             "memory_gib": peak_memory_gib(),
@@ -391,9 +397,3 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def joined_checkpoint(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """fp32 weights of a reported checkpoint."""
-    with checkpoint.as_directory() as folder:
-        return zero.state_dict(Path(folder))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 from torch import nn
 
 from lib import tracking
+from lib.errors import ResourceError
 from lib.settings import TrainingSettings
-from lib.training.checkpoints import ENGINE
+from lib.training import overrides, trainable
+from lib.training.checkpoints import ENGINE, is_partial
 
 
 def precision(training: TrainingSettings) -> str:
@@ -28,13 +33,14 @@ def precision(training: TrainingSettings) -> str:
 def config(training: TrainingSettings, parameters: int, universal: bool = False) -> dict[str, Any]:
     """DeepSpeed's configuration (https://www.deepspeed.ai/docs/config-json/) for a model of that size.
 
-    `universal`: the checkpoint that will be loaded is one of `to_universal`.
+    `universal`: the checkpoint that will be loaded is one of `to_universal`. Raises ConfigError for a
+    `training.deepspeed` that contradicts another key.
     """
     number = precision(training)
     # Buffers of a bucket's size are allocated whole: no larger than what is ever in them,
     # and a multiple of the alignment that DeepSpeed asks for.
     bucket = min(-(-parameters // 1024) * 1024, 200_000_000)
-    return {
+    ours = {
         # Batches are cut by tokens, so their number of rows is not fixed: DeepSpeed only wants a number.
         "train_micro_batch_size_per_gpu": 1,
         # step() ends an accumulation: the last group of a window may be shorter than the others.
@@ -48,32 +54,86 @@ def config(training: TrainingSettings, parameters: int, universal: bool = False)
             "overlap_comm": torch.cuda.is_available() and training.zero_stage == 2,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **_offload(training),
         },
         # torch's fused AdamW is ours to choose: DeepSpeed would compile one of its own first.
         "zero_allow_untested_optimizer": True,
+        # On a host it takes as long as DeepSpeed's own, which would be compiled first.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "checkpoint": {"load_universal": universal},
     }
+    return overrides.merge(ours, training)
 
 
-def initialize(model: nn.Module, training: TrainingSettings, universal: bool = False) -> Any:
-    """A DeepSpeed engine around `model`, on the process group that Ray Train has made."""
+def _offload(training: TrainingSettings) -> dict[str, Any]:
+    """What of `zero_optimization` moves states, or parameters too, to the host or to its disk."""
+    if training.offload == "none":
+        return {}
+    place: dict[str, Any] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if training.offload_path:
+        place |= {"device": "nvme", "nvme_path": training.offload_path}
+    both = {"offload_optimizer": place, "offload_param": dict(place)}
+    return both if training.offload == "all" else {"offload_optimizer": place}
+
+
+def check_offload(training: TrainingSettings) -> None:
+    """Raises ResourceError when this machine cannot build what reads and writes an NVMe disk asynchronously."""
+    if training.offload_path is None:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ResourceError(
+            "training.offload_path needs DeepSpeed's async_io operator, which cannot be built here: install "
+            "libaio's headers (libaio-dev) and a C++ compiler, or leave offload_path out to use the host's memory"
+        )
+
+
+def _distributed() -> None:
+    """DeepSpeed's communication, on the process group that there is."""
     import deepspeed
 
     # The shared-memory operator serves inference only, and building it takes a compiler and 40 s.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if parameter.ndim > 1 else others).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": training.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=training.learning_rate,
-        fused=True,
-    )
-    parameters = sum(p.numel() for p in model.parameters())
+
+
+@contextmanager
+def divided(training: TrainingSettings) -> Iterator[None]:
+    """With ZeRO-3 and `zero_init`, models that transformers builds inside are divided while they are read.
+
+    Collective. The first rank reads one tensor after the other from the safetensors files, which are mapped
+    and not loaded, every rank keeps its part of each (deepspeed.zero.Init); else nothing is changed.
+    """
+    if training.zero_stage != 3 or not training.zero_init:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _distributed()
+    held = HfDeepSpeedConfig(config(training, 1))  # transformers keeps only a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del held
+
+
+def initialize(
+    model: nn.Module, training: TrainingSettings, universal: bool = False, base: Path | None = None
+) -> Any:
+    """A DeepSpeed engine around `model`, on the process group that Ray Train has made.
+
+    `base` is the base model's directory, which `training.layer_decay` goes by.
+    """
+    import deepspeed
+
+    check_offload(training)
+    _distributed()
+    groups = trainable.groups(model, base, training)
+    optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
+    parameters = sum(trainable.numel(p) for p in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=config(training, parameters, universal)
     )
@@ -84,15 +144,18 @@ def load(engine: Any, folder: Path) -> None:
     """Weights, optimiser and fp32 masters from a folder that holds the parts of all workers.
 
     Collective. The folder's `engine` comes from as many workers as there are, or from `to_universal`.
+    Frozen parameters stay what they are: they come from the base model.
     """
     groups = engine.optimizer.param_groups
-    decay = [group["weight_decay"] for group in groups]
-    path, _ = engine.load_checkpoint(str(folder), tag=ENGINE)
+    own = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in groups]
+    path, _ = engine.load_checkpoint(
+        str(folder), tag=ENGINE, load_module_strict=not is_partial(engine.module)
+    )
     if path is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
     # From a universal checkpoint ZeRO-3 gives every group what the first one had.
-    for group, own in zip(engine.optimizer.param_groups, decay, strict=True):
-        group["weight_decay"] = own
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(values)
 
 
 def is_divided(folder: Path) -> bool:
@@ -120,18 +183,37 @@ def to_universal(folder: Path, destination: Path) -> None:
         raise RuntimeError(f"ds_to_universal failed on {folder}: {done.stderr[-2000:]}")
 
 
-def state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """The whole model in fp32, joined from the parts that the workers wrote.
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and fp32 values of each trained parameter, joined from the parts that the workers wrote, one by one.
 
-    These files are our own run's and never a user's, which is why they may be unpickled.
+    The files are mapped, not read: no more than one parameter is in memory at a time. They are our own
+    run's and never a user's, which is why they may be unpickled.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    if list((folder / ENGINE).glob("*optim_states.pt")):
-        whole: dict[str, torch.Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=ENGINE)
-    else:  # without ZeRO, and in fp32, there is one file and it is whole
-        saved = torch.load(
-            folder / ENGINE / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
+    engine = folder / ENGINE
+    files = sorted(engine.glob("*optim_states.pt"), key=lambda f: int(re.findall(r"rank_(\d+)_", f.name)[0]))
+    if not files:  # without ZeRO there is one file and it is whole
+        yield from _mapped(engine / "mp_rank_00_model_states.pt")["module"].items()
+        return
+    parts = [_mapped(file)["optimizer_state_dict"] for file in files]
+    if parts[0]["zero_stage"] == 3:
+        lazy = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=ENGINE, exclude_frozen_parameters=True, lazy_mode=True
         )
-        whole = saved["module"]
-    return {name: tensor.float().contiguous() for name, tensor in whole.items()}
+        for name, tensor in lazy.items():
+            yield name, tensor.contiguous()
+        return
+    for group, shapes in enumerate(_mapped(engine / "mp_rank_00_model_states.pt")["param_shapes"]):
+        for name, shape in shapes.items():
+            pieces = []
+            for part in parts:
+                if address := part["param_slice_mappings"][group].get(name):
+                    flat = part["single_partition_of_fp32_groups"][group]
+                    pieces.append(flat.narrow(0, address.start, address.numel))
+            yield name, torch.cat(pieces).view(shape)
+
+
+def _mapped(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    return found

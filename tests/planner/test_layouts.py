@@ -186,7 +186,8 @@ def test_a_refusal_is_one_line_and_its_mends_are_true(
     mends = line.partition("; ")[2].partition(" would fit")[0].split(" or ")
     for mend in mends:
         key, value = mend.removeprefix("training.").split()
-        check.check(settings(tiny_base, training | {key: int(value)}, architecture=None), machine(gib))
+        changed = training | {key: True if value == "true" else int(value)}
+        check.check(settings(tiny_base, changed, architecture=None), machine(gib))
 
 
 def test_a_model_that_cannot_even_be_loaded(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,5 +196,52 @@ def test_a_model_that_cannot_even_be_loaded(tiny_base: Path, monkeypatch: pytest
     monkeypatch.setattr(layouts, "base_shape", lambda _: named("llama-7b"))
     with pytest.raises(ResourceError, match=r"each builds the whole model in fp32: \d+\.\d\)"):
         check.check(
-            settings(tiny_base, {"zero_stage": 3, "workers": 16, "tokens_per_batch": 32}), machine(300)
+            settings(tiny_base, {"zero_stage": 3, "zero_init": False, "workers": 16, "tokens_per_batch": 32}),
+            machine(300),
         )
+    # Divided while it is read, as it is unless one says otherwise.
+    check.check(settings(tiny_base, {"zero_stage": 3, "workers": 16, "tokens_per_batch": 32}), machine(300))
+
+
+def shares(base: Path, **training: Any) -> float:
+    wanted = settings(base, training, architecture=None)
+    return layouts.layout(layouts.shape(wanted), wanted, gpu=False).trainable
+
+
+def test_what_is_trained_follows_the_training_keys(tiny_base: Path) -> None:
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(tiny_base)
+    total = model.num_parameters()
+    assert shares(tiny_base) == 1.0
+    # Width 32, inner 64: each layer has four maps 32 → 32 and one each way between 32 and 64.
+    low_rank = 2 * 4 * (4 * (32 + 32) + 2 * (32 + 64))
+    lora = {"rank": 4}
+    assert shares(tiny_base, adapter=lora) == pytest.approx(low_rank / total)
+    some = {"rank": 4, "targets": ["query", "value"]}
+    assert shares(tiny_base, adapter=some) == pytest.approx(2 * 4 * 2 * (32 + 32) / total)
+    with_magnitudes = low_rank + 2 * (4 * 32 + 64 + 32)
+    assert shares(tiny_base, adapter=lora | {"kind": "dora"}) == pytest.approx(with_magnitudes / total)
+    last = sum(p.numel() for p in model.encoder.layer[-1].parameters())
+    pooler = sum(p.numel() for p in model.pooler.parameters())
+    assert shares(tiny_base, layers=1) == pytest.approx((last + pooler) / total)
+
+
+def test_a_named_architecture_is_trained_by_its_widths(tiny_base: Path) -> None:
+    wanted = settings(tiny_base, {"adapter": {"rank": 8}}, architecture="llama-7b")
+    model = layouts.shape(wanted)
+    h, inner = 4096, 11_008
+    low_rank = 32 * 8 * (4 * 2 * h + 3 * (h + inner))
+    assert layouts.layout(model, wanted, gpu=True).trainable == pytest.approx(low_rank / model.parameters)
+    last = settings(tiny_base, {"layers": 4}, architecture="llama-7b")
+    share = layouts.layout(model, last, gpu=True).trainable
+    assert 4 / 32 < share < 4 / 32 + 0.03
+
+
+def test_training_keys_reach_the_layout(tiny_base: Path) -> None:
+    training = {"zero_stage": 3, "offload": "all", "gradient_checkpointing": True, "zero_init": False}
+    wanted = settings(tiny_base, training, architecture=None)
+    found = layouts.layout(layouts.shape(wanted), wanted, gpu=True)
+    assert (found.offload, found.checkpointing, found.zero_init) == ("all", True, False)
+    plain = settings(tiny_base, architecture=None)
+    assert layouts.layout(layouts.shape(plain), plain, gpu=True).zero_init

@@ -1,0 +1,47 @@
+"""Groups of ranks, and a decoder so small that two cores train it in a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.training.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def alone() -> Iterator[Ranks]:
+    """A group of one rank."""
+    ranks = Ranks(1)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def pair() -> Iterator[Ranks]:
+    """A group of two ranks."""
+    ranks = Ranks(2)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a random Llama: 3 layers, 32 wide, an output matrix of its own; it has no tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    set_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
