@@ -112,7 +112,7 @@ class DataSettings(Section):
     """Where the validation split is given; None takes a share of `source`."""
     test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the test split is given; None takes a share of `source`."""
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll"] = "auto"
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"] = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
     labels: dict[str, str] | list[str] | None = None
