@@ -248,8 +248,9 @@ class TrainingSettings(Section):
     label_smoothing: Share = 0.0
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
-    metric: str = "macro_f1"
-    """The validation metric that decides which checkpoint is best and when to stop (`loss` counts down)."""
+    metric: str | None = None
+    """The validation metric that decides which checkpoint is best and when to stop (`loss` and `perplexity` count
+    down); None takes the task's own: macro_f1, or loss for chat."""
     patience: Positive | None = 2
     """Stop after this many validations without a better metric; None trains to the end."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
