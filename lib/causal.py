@@ -10,6 +10,7 @@ Shapes: P packs, L positions, N positions whose next token carries loss, D hidde
 
 from __future__ import annotations
 
+import inspect
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 def pretrained(base: Path, settings: Settings) -> nn.Module:
     """The base model in fp32, ready for `token_losses`.
 
-    Raises ModelError when it is no causal model or `model.max_length` is above its positions.
+    Raises ModelError when it is no causal model, cannot be packed, or has fewer positions than `model.max_length`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,16 +68,21 @@ def pretrained(base: Path, settings: Settings) -> nn.Module:
         )
     except ValueError as error:
         raise ModelError(f"{settings.model.base} is no causal language model: {error}") from error
-    model.set_attn_implementation(attention_for(config))  # type: ignore[operator]
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            f"{settings.model.base} takes no position ids, which packs need; choose another base model"
+        )
+    half = settings.training.precision != "fp32"
+    model.set_attn_implementation(attention_for(config, half))  # type: ignore[operator]
     return with_token_losses(model)
 
 
-def attention_for(config: Any) -> str:
-    """The attention that packs are trained with on this machine."""
+def attention_for(config: Any, half: bool = True) -> str:
+    """The attention that packs are trained with on this machine; `half`: in bf16 or fp16."""
     if torch.cuda.is_available():
         from transformers.utils import is_flash_attn_2_available
 
-        return FLASH if is_flash_attn_2_available() else "sdpa"
+        return FLASH if half and is_flash_attn_2_available() else "sdpa"
     # A window narrower than a sequence and capped scores are more than ours knows; transformers' masks know them.
     window, capped = (getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
     if window or capped:
@@ -84,12 +90,19 @@ def attention_for(config: Any) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, no_mask)
+    AttentionMaskInterface.register(ATTENTION, mask)
     return ATTENTION
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """Sequences are computed one by one, each causal from its own start: nothing is left to mask."""
+def mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    """None for packs: sequences are computed one by one, each causal from its own start, and nothing is left to
+    mask. What comes with a mask of its own, such as prompts padded for generation, gets that of sdpa."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None:
+        return None
+    found: torch.Tensor | None = sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    return found
 
 
 def attention(
@@ -109,6 +122,11 @@ def attention(
     the sequences, 0 first, and without it there is one. The result is [1, T, heads, width]. Work and memory grow
     with the squares of the sequences' lengths, not with that of T.
     """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:  # generation
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
+        return result, None
     if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
         return _causal(module, query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]

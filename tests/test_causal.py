@@ -144,6 +144,14 @@ def test_losses_are_per_token_with_any_gradient_behind_them(tiny_chat_base: Path
     torch.testing.assert_close(own, model.lm_head.weight.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_model_in_training_generates_as_an_exported_one(tiny_chat_base: Path) -> None:
+    model = causal.pretrained(tiny_chat_base, settings_for(tiny_chat_base)).eval()
+    plain = type(model).from_pretrained(tiny_chat_base).eval()
+    ids = torch.tensor([[0, 0, 1, 40, 50], [1, 60, 61, 62, 63]])
+    asked = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**asked), plain.generate(**asked))
+
+
 def test_sequences_of_like_lengths_go_together() -> None:
     lengths = [3, 10, 9, 10, 1, 2, 8]
     ends = torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32)
