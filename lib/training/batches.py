@@ -5,6 +5,9 @@ no padding is computed. Every step ends in a collective operation, so all worker
 number of steps: they agree, window by window, on the largest number that any of them needs, and each
 cuts its window into exactly that many groups. Since all sort by length and all shuffle the groups with
 the same seed, their n-th batches are alike in size and nobody waits long for another.
+
+Where rows are packed, a group is some packs instead: sequences of the model's length, each filled with whole rows
+by best-fit decreasing (lib.training.packing). All packs are about full, so all batches are alike.
 """
 
 from __future__ import annotations
@@ -18,8 +21,12 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lib import storage
+from lib.training.packing import batches_of, deal, pack
 
 Indices = NDArray[np.int64]
+PACK = "pack"
+# Columns that only evaluation reads.
+NOT_TRAINED = ("id", "text", "tokens", "tags", "messages")
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Planned:
     """One micro-batch of this worker, and the loss weight of it and of its peers together."""
 
     rows: pa.Table
+    """With the column `pack` int32 where rows are packed: which of them share a sequence."""
     weight: float
 
 
@@ -74,8 +82,9 @@ def plan_window(
     weigh: Callable[[pa.Table], float],
     agree_on_largest: Callable[[int], int],
     add_up: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    context: int | None = None,
 ) -> list[Planned]:
-    """The micro-batches of one window, in the order in which they are trained.
+    """The micro-batches of one window, in the order in which they are trained; packed where there is a `context`.
 
     `random` is in the same state on every worker. `agree_on_largest` and `add_up` are collective: the
     largest of a number, and the element-wise sum of a vector, over all workers.
@@ -83,11 +92,25 @@ def plan_window(
     lengths = window["length"].to_numpy()
     # Ties in length fall differently each epoch; the rest of the order is drawn over whole groups.
     shuffled = np.random.default_rng(random.integers(2**63)).permutation(len(lengths))
-    count = agree_on_largest(len(cut(lengths, budget)))
-    groups = [shuffled[g] for g in cut_into(lengths[shuffled], budget, count)]
-    parts = [window.take(pa.array(groups[i])) for i in random.permutation(count)]
+    if context is None:
+        count = agree_on_largest(len(cut(lengths, budget)))
+        groups = [shuffled[g] for g in cut_into(lengths[shuffled], budget, count)]
+        parts = [window.take(pa.array(groups[i])) for i in random.permutation(count)]
+    else:
+        packs = pack(lengths[shuffled], context)
+        count = agree_on_largest(batches_of(len(packs), budget, context))
+        # The last packs hold the shortest rows and are the least full; all batches get their share of them.
+        drawn = np.random.default_rng(random.integers(2**63)).permutation(len(packs))
+        dealt = deal([shuffled[packs[i]] for i in drawn], count)
+        parts = [_packed(window, group) for group in dealt]
     totals = add_up(np.array([weigh(part) for part in parts]))
     return [Planned(part, float(total)) for part, total in zip(parts, totals, strict=True)]
+
+
+def _packed(window: pa.Table, packs: list[Indices]) -> pa.Table:
+    rows = window.take(pa.array(np.concatenate(packs)))
+    numbers = np.repeat(np.arange(len(packs), dtype=np.int32), [len(p) for p in packs])
+    return rows.append_column(PACK, pa.array(numbers))
 
 
 def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
@@ -105,7 +128,7 @@ def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
 def columns(shard: str) -> list[str]:
     """The columns that training reads: all but those that only evaluation needs."""
     with storage.open_file(shard) as file:
-        return [name for name in pq.read_schema(file).names if name not in ("id", "text", "tokens", "tags")]
+        return [name for name in pq.read_schema(file).names if name not in NOT_TRAINED]
 
 
 def in_order(window: pa.Table, budget: int, rank: int, world: int) -> Iterator[pa.Table]:

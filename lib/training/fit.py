@@ -32,7 +32,7 @@ from lib.base_models import base_directory
 from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
-from lib.tasks import load_task
+from lib.tasks import load_task, packs
 from lib.training import checkpoints, loop, overrides, windows, zero
 from lib.training.dropout import plain_attention
 from lib.training.restore import restore
@@ -76,6 +76,7 @@ def train(
     more often than `training.max_failures`; what was committed stays, for the run to go on from.
     """
     manifest = dataset.manifest()
+    packs(settings)  # refuses what the task cannot
     base_directory(settings.model.base)
     settings = overrides.resolve(settings)
     zero.check_offload(settings.training)
@@ -197,6 +198,7 @@ def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any
         base=settings.model.base,
         dataset=dataset.fingerprint,
         case_markers=settings.model.case_markers,
+        chat_template=settings.model.chat_template,
     )
     with storage.publish(run.model_uri) as folder:
         task.save(model, base, info, folder)

@@ -28,6 +28,7 @@ from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.errors import ConfigError, unwrap
 from lib.settings import Dimension, Settings, override
+from lib.tasks import FALLING, deciding_metric
 from lib.training import cleaner, population
 from lib.training.fit import check_resources, train
 from lib.training.population import TIME
@@ -76,7 +77,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """
     check_resources(settings)
     concurrent = settings.tuning.concurrency or room(settings, ray.cluster_resources())
-    lower = settings.training.metric == "loss"
+    lower = deciding_metric(settings) in FALLING
     path = storage.join(run.ref.uri, "search")
     trainable = tune.with_resources(
         tune.with_parameters(
@@ -95,7 +96,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
             trainable,
             param_space=_domains(settings),
             tune_config=tune.TuneConfig(
-                metric=settings.training.metric,
+                metric=deciding_metric(settings),
                 mode="min" if lower else "max",
                 num_samples=settings.tuning.trials,
                 search_alg=_algorithm(settings, concurrent),
@@ -209,7 +210,7 @@ def _scheduler(settings: Settings) -> Any:
 
 
 def _found(results: Any, settings: Settings, lower: bool) -> Found:
-    metric = settings.training.metric
+    metric = deciding_metric(settings)
     trials = []
     for number, result in enumerate(results):
         rows = _validations(result, metric)
