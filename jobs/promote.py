@@ -17,20 +17,22 @@ from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
 from lib.errors import ConfigError, GateError, nearest
 from lib.evaluation import report as files
-from lib.evaluation.classification import Measured, Subject, lead, measure
+from lib.evaluation.classification import Measured, Subject, lead
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
-from lib.evaluation.text import table
+from lib.evaluation.several import measure_heads
+from lib.evaluation.text import reports, table
 from lib.registry import CANDIDATE, CHAMPION, Condition
 from lib.settings import Settings
 
 
 def promote(settings: Settings) -> None:
     metric = settings.promotion.metric
-    if metric not in DECIDING:
-        known = ", ".join(DECIDING)
+    deciding = [*DECIDING, *(f"{head}/{name}" for head in settings.data.heads for name in DECIDING)]
+    if metric not in deciding:
+        known = ", ".join(deciding)
         raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, DECIDING)} (known: {known})"
+            f"promotion.metric: {metric!r} cannot decide{nearest(metric, deciding)} (known: {known})"
         )
     run = tracking.find_run(settings, "finetune", settings.promotion.run, tag="evaluated")
     if run.ref.name != settings.name:
@@ -61,7 +63,8 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
     conditions = registry.gate(candidate.report, rival.report if rival else None, settings.promotion)
     print(f"\n{gate_table(conditions)}\n")
     if rival:
-        print(f"macro-F1 above {present}: {shown(lead(candidate, rival, settings.evaluation.bootstrap))}")
+        ours, theirs = candidate.of(settings.promotion.metric), rival.of(settings.promotion.metric)
+        print(f"macro-F1 above {present}: {shown(lead(ours, theirs, settings.evaluation.bootstrap))}")
     held = all(condition.holds for condition in conditions)
     if held and not registry.crown(ref, instead_of=present):
         return False
@@ -99,8 +102,9 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
         info = read_task(present.uri)
     connect()
     scored = score(present.uri, DatasetRef(report.name, report.dataset), "test", settings)
-    subject = Subject(present.name, lineage["run"], info.task, report.dataset, report.labels)
-    return measure(subject, scored, {}, settings.evaluation)
+    subject = Subject(present.name, lineage["run"], info.task, report.dataset, [])
+    labels = {one.head: one.labels for one in reports(report)}
+    return measure_heads(subject, labels, scored, {}, settings.evaluation)
 
 
 def gate_table(conditions: list[Condition]) -> str:

@@ -68,6 +68,53 @@ class Columns(Section):
     """tagging: the tag of each word, a list as long."""
 
 
+def _label_values(value: Any) -> Any:
+    # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
+    if isinstance(value, dict):
+        value = {_label_key(k): v for k, v in value.items()}
+    elif isinstance(value, list):
+        value = [_label_key(v) for v in value]
+    if isinstance(value, (dict, list)) and not value:
+        raise ValueError("at least one label is needed")
+    return value
+
+
+Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
+ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Labelled(Section):
+    """What has labels: the data, or one head."""
+
+    labels: Labels | None = None
+    """Value in the source → label, or the list of labels when the source already holds them.
+
+    tagging: the kinds of entity, without B- and I-.
+    """
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Value in the source (as text) → label."""
+        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels or ()}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, in the order in which the configuration first names them: class i is the i-th."""
+        return list(dict.fromkeys(self.label_map.values()))
+
+
+class HeadSettings(Labelled):
+    """One of several answers that a model gives about a text, such as its topic beside its sentiment."""
+
+    column: str
+    """Of the source. A row without a value is not learned from by this head."""
+    labels: Labels
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much an answer of this head counts in the loss."""
+    class_weights: ClassWeights | None = None
+    """None: `training.class_weights`."""
+
+
 class Split(Section):
     """Shares of the rows; a row's place depends on its text and the seed alone.
 
@@ -89,7 +136,7 @@ class Split(Section):
         return self
 
 
-class DataSettings(Section):
+class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
     source: str | Annotated[list[str], Field(min_length=1)]
@@ -101,11 +148,8 @@ class DataSettings(Section):
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll"] = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
-    labels: dict[str, str] | list[str]
-    """Value in the source → label, or the list of labels when the source already holds them.
-
-    tagging: the kinds of entity, without B- and I-.
-    """
+    heads: dict[Name, HeadSettings] = {}
+    """sentiment: several heads on one encoder, instead of `labels` and `columns.label`. The first is the main one."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}
@@ -118,22 +162,10 @@ class DataSettings(Section):
     test stay as they are."""
     rows_per_shard: Positive = 20_000
 
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _labels(cls, value: Any) -> Any:
-        # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
-        if isinstance(value, dict):
-            value = {_label_key(k): v for k, v in value.items()}
-        elif isinstance(value, list):
-            value = [_label_key(v) for v in value]
-        if isinstance(value, (dict, list)) and not value:
-            raise ValueError("at least one label is needed")
-        return value
-
     @field_validator("slices")
     @classmethod
     def _slices(cls, value: dict[str, str]) -> dict[str, str]:
-        taken = RESERVED_COLUMNS & set(value)
+        taken = {name for name in value if name in RESERVED_COLUMNS or name.startswith("label:")}
         if taken:
             raise ValueError(
                 f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
@@ -141,7 +173,15 @@ class DataSettings(Section):
         return value
 
     @model_validator(mode="after")
+    def _labels_or_heads(self) -> DataSettings:
+        if self.heads and self.labels:
+            raise ValueError("give labels or heads, not both")
+        return self
+
+    @model_validator(mode="after")
     def _undersample(self) -> DataSettings:
+        if self.undersample and self.heads:
+            raise ValueError("undersample: a row of several heads has no single label; leave it out")
         for label in self.undersample:
             if label not in self.label_names:
                 raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
@@ -167,14 +207,11 @@ class DataSettings(Section):
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     @property
-    def label_map(self) -> dict[str, str]:
-        """Value in the source (as text) → label."""
-        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels}
-
-    @property
-    def label_names(self) -> list[str]:
-        """The classes, in the order in which the configuration first names them: class i is the i-th."""
-        return list(dict.fromkeys(self.label_map.values()))
+    def class_names(self) -> list[str]:
+        """`label_names`; `HEAD/LABEL` of all heads where there are several."""
+        if not self.heads:
+            return self.label_names
+        return [f"{name}/{label}" for name, head in self.heads.items() for label in head.label_names]
 
 
 def _label_key(value: Any) -> str:
@@ -222,13 +259,14 @@ class TrainingSettings(Section):
     """Micro-batches between two optimiser steps."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest L2 norm of the gradient; 0 switches clipping off."""
-    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    class_weights: ClassWeights = "none"
     """balanced: rows / (classes · rows of the class), or a weight for each label."""
     label_smoothing: Share = 0.0
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
     metric: str = "macro_f1"
-    """The validation metric that decides which checkpoint is best and when to stop (`loss` counts down)."""
+    """The validation metric that decides which checkpoint is best and when to stop (`loss` counts down);
+    with several heads one's own, such as `topic/macro_f1`, or the mean over them."""
     patience: Positive | None = 2
     """Stop after this many validations without a better metric; None trains to the end."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
@@ -454,13 +492,13 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _weights(self) -> Settings:
-        weights = self.training.class_weights
-        if isinstance(weights, dict):
-            for label in weights:
-                if label not in self.data.label_names:
-                    raise ValueError(
-                        f"training.class_weights: no label {label!r}{nearest(label, self.data.label_names)}"
-                    )
+        chosen = {"training": (self.training.class_weights, self.data.class_names)}
+        for name, head in self.data.heads.items():
+            chosen[f"data.heads.{name}"] = (head.class_weights or "none", head.label_names)
+        for section, (weights, known) in chosen.items():
+            for label in weights if isinstance(weights, dict) else ():
+                if label not in known:
+                    raise ValueError(f"{section}.class_weights: no label {label!r}{nearest(label, known)}")
         return self
 
 

@@ -109,6 +109,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
         "tokenizer": plan.tokenizer,
         "max_length": settings.model.max_length,
         "labels": classes,
+        "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
         "rows_read": scanned.rows,
         "dropped": {

@@ -49,12 +49,18 @@ def plan(settings: Settings) -> Plan:
         for split, uris in data.sources.items()
         for file in sources.find_files(uris, data.format, split, f"{split}_source" if split else "source")
     ]
-    keys = {f"slices.{name}" if name in data.slices else f"columns.{name}": c for name, c in columns.items()}
+    # A task may name a column by the whole of its key, such as `heads.topic.column`.
+    keys = {
+        f"slices.{name}" if name in data.slices else name if "." in name else f"columns.{name}": column
+        for name, column in columns.items()
+    }
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
         checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
     tokenizer = tokenizer_checksum(settings.model.base)
+    # What the loss does with a head changes no row.
+    heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     identity = {
         "format": FORMAT,
         "task": settings.task,
@@ -63,7 +69,8 @@ def plan(settings: Settings) -> Plan:
         "sources": [
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],
-        "data": data.model_dump(mode="json", exclude=SOURCES),
+        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads"})
+        | ({"heads": heads} if heads else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ class Measured:
     report: EvalReport
     predictions: pa.Table
     """id, label, predicted (class indices), probabilities list<double>; sorted by id."""
+    others: dict[str, Measured] = field(default_factory=dict)
+    """The other heads."""
+
+    def of(self, metric: str) -> Measured:
+        """The head that a metric such as `topic/macro_f1` is about; the first for one without a head's name."""
+        return self.others.get(metric.partition("/")[0], self)
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,19 @@ def measure(
             **{name: f"{b.how}, {b.seconds:.1f} s" for name, b in baselines.items()},
         },
         mistakes=_mistakes(rows, truth, answers[MODEL], names),
+        temperature=scored.temperature,
+        uncalibrated=_uncalibrated(truth, scored, names, settings.calibration_bins),
+        head=scored.head,
     )
     return Measured(report, _predictions(rows, truth, answers[MODEL]))
+
+
+def _uncalibrated(truth: Ints, scored: Scored, names: list[str], bins: int) -> dict[str, float]:
+    """What the temperature changes, before it did; empty for a model without one."""
+    if scored.uncalibrated is None:
+        return {}
+    figures = metrics.summary(truth, in_order(scored.uncalibrated, scored.labels, names), bins)
+    return {name: figures[name] for name in ("calibration_error", "log_loss", "brier")}
 
 
 def lead(ours: Measured, theirs: Measured, resamples: int) -> list[float]:

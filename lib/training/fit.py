@@ -52,7 +52,7 @@ def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
     result = train(settings, dataset, run)
     if not storage.published(run.ref.model_uri):  # a driver may be killed between here and the next line
         # From worst to best; the latest is there too and need not be the best.
-        export(settings, dataset, run.ref, result.best_checkpoints[-1][0])
+        export(settings, dataset, run.ref, result.best_checkpoints[-1][0], result.return_value["best"])
     storage.remove(run.ref.checkpoints_uri)
     return Fit(run.ref.model_uri, result.return_value)
 
@@ -167,8 +167,10 @@ def _trainer(
     )
 
 
-def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any) -> None:
-    """Publish a model directory that plain transformers reads."""
+def export(
+    settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any, best: dict[str, float]
+) -> None:
+    """Publish a model directory that plain transformers reads. `best` is what was measured of the checkpoint."""
     task, base = load_task(settings.task), base_directory(settings.model.base)
     model = task.build(base, settings)
     model.load_state_dict(loop.joined_checkpoint(checkpoint), strict=False)
@@ -179,6 +181,11 @@ def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any
         max_length=settings.model.max_length,
         base=settings.model.base,
         dataset=dataset.fingerprint,
+        temperature=best.get("temperature", 1.0),
+        heads={
+            name: {"labels": head.label_names, "temperature": best.get(f"{name}/temperature", 1.0)}
+            for name, head in settings.data.heads.items()
+        },
     )
     with storage.publish(run.model_uri) as folder:
         task.save(model, base, info, folder)

@@ -77,7 +77,10 @@ def differences(there: Settings, here: Settings) -> list[str]:
     for key in ("name", "task", "model", "training"):
         left, right = (s.model_dump(mode="json")[key] for s in (there, here))
         found += _differences(key, left, right)
-    return found
+    heads = [
+        {name: head.model_dump(mode="json") for name, head in s.data.heads.items()} for s in (there, here)
+    ]
+    return found + _differences("data.heads", *heads)
 
 
 def _differences(key: str, left: Any, right: Any) -> list[str]:
