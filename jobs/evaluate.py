@@ -13,15 +13,16 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import replace
 
 from lib import heads, storage, tracking
 from lib.artifacts import DatasetRef, EvalReport
 from lib.command import connect, main
 from lib.errors import RegistryError
+from lib.evaluation import behaviours, text
 from lib.evaluation import report as files
-from lib.evaluation import text
 from lib.evaluation.classification import Subject
-from lib.evaluation.scoring import read_task, score, start_baselines
+from lib.evaluation.scoring import read_task, score, scorers, start_baselines
 from lib.evaluation.several import measure_heads
 from lib.settings import Settings
 
@@ -46,9 +47,13 @@ def evaluate(settings: Settings) -> None:
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
     baselines = start_baselines(info.task, dataset, settings.evaluation)
-    scored = score(run.ref.model_uri, dataset, "test", settings)
+    pool = scorers(run.ref.model_uri, settings)
+    cases = behaviours.prepare(settings.evaluation.behaviours, dataset, info)
+    scored = score(run.ref.model_uri, dataset, "test", settings, pool)
+    behaved = behaviours.measure(cases, pool, info)
     print("waiting for the baselines")
     measured = measure_heads(subject, labels, scored, ray.get(baselines), settings.evaluation)
+    measured = replace(measured, report=replace(measured.report, behaviours=behaved))
     # The report of an earlier evaluation of the same run gives way to this one.
     with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
         files.write(measured, folder)

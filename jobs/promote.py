@@ -62,9 +62,11 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
     rival = champion_measured(present, candidate, settings) if present else None
     conditions = registry.gate(candidate.report, rival.report if rival else None, settings.promotion)
     print(f"\n{gate_table(conditions)}\n")
+    ahead = None
     if rival:
         ours, theirs = candidate.of(settings.promotion.metric), rival.of(settings.promotion.metric)
-        print(f"macro-F1 above {present}: {shown(lead(ours, theirs, settings.evaluation.bootstrap))}")
+        ahead = lead(ours, theirs, settings.evaluation.bootstrap)
+        print(f"macro-F1 above {present}: {ahead}")
     held = all(condition.holds for condition in conditions)
     if held and not registry.crown(ref, instead_of=present):
         return False
@@ -74,6 +76,7 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
             "version": str(ref),
             "champion_before": str(present) if present else None,
             "met": held,
+            "lead": vars(ahead) if ahead else None,
             "conditions": [{**vars(condition), "holds": condition.holds} for condition in conditions],
         },
         "promotion.json",
@@ -109,14 +112,17 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
 
 def gate_table(conditions: list[Condition]) -> str:
     return table(
-        ["gate", "candidate", "must be above", "holds"],
-        [[c.what, f"{c.value:.4f}", f"{c.threshold:.4f}", "yes" if c.holds else "NO"] for c in conditions],
+        ["gate", "candidate", "must be", "holds"],
+        [
+            [
+                c.what,
+                f"{c.value:.4f}",
+                f"{'at most' if c.at_most else 'above'} {c.threshold:.4f}",
+                "yes" if c.holds else "NO",
+            ]
+            for c in conditions
+        ],
     )
-
-
-def shown(difference: list[float]) -> str:
-    value, *ends = difference
-    return f"{value:+.4f}" + (f" (95% interval {ends[0]:+.4f} to {ends[1]:+.4f})" if ends else "")
 
 
 def command(module: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lib.artifacts import TaskFile
 from lib.settings import DataSettings, HeadSettings
@@ -64,7 +65,7 @@ def of_model(info: TaskFile) -> list[Head]:
     return laid_out((name, head["labels"], head["temperature"]) for name, head in info.heads.items())
 
 
-def of_manifest(manifest: dict[str, dict[str, list[str]]]) -> list[Head]:
+def of_manifest(manifest: dict[str, Any]) -> list[Head]:
     """The heads whose labels a dataset holds."""
     named = manifest.get("heads") or {"": manifest["labels"]}
     return laid_out((name, list(labels), 1.0) for name, labels in named.items())

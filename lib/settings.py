@@ -8,6 +8,7 @@ nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -366,6 +367,75 @@ class TuningSettings(Section):
         return value
 
 
+class Behaviour(Section):
+    """One behavioural test of the model (`lib.evaluation.behaviours`)."""
+
+    name: Name
+    kind: Literal["invariance", "directional", "minimum"]
+    """invariance: the prediction stays; directional: a label's score changes within bounds; minimum: templates
+    whose label is known."""
+    rows: Positive = 200
+    """Rows of the test split, or filled templates, at most."""
+    change: (
+        Literal[
+            "typos", "lower_case", "upper_case", "swapped_case", "contractions", "numbers", "replace", "add"
+        ]
+        | None
+    ) = None
+    """invariance: what is done to the text. `replace` takes words of `replace`, `add` what `append` and `prepend` hold."""
+    replace: list[Annotated[list[str], Field(min_length=2)]] = []
+    """Lists of words that may stand for one another, such as names."""
+    append: str = ""
+    prepend: str = ""
+    change_of_score: tuple[float, float] = (-1.0, 1.0)
+    """directional: least and most that the label's score may rise by; `[-0.1, 1]` must not fall by more than 0.1."""
+    templates: list[str] = []
+    """minimum: texts with `{slots}`."""
+    slots: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    label: str | None = None
+    """directional: whose score; minimum: what is right."""
+    head: str = ""
+    """Of a model with several heads; empty is the first."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Behaviour:
+        added = bool(self.append or self.prepend)
+        needed = {
+            "invariance": {"change": self.change is not None},
+            "directional": {"label": self.label is not None, "append or prepend": added},
+            "minimum": {"label": self.label is not None, "templates": bool(self.templates)},
+        }[self.kind]
+        if self.change in ("replace", "add"):
+            needed |= (
+                {"replace": bool(self.replace)} if self.change == "replace" else {"append or prepend": added}
+            )
+        lacking = [key for key, given in needed.items() if not given]
+        if lacking:
+            raise ValueError(f"behaviour {self.name!r}: {self.kind} needs {', '.join(lacking)}")
+        if self.change_of_score[0] > self.change_of_score[1]:
+            raise ValueError(f"behaviour {self.name!r}: change_of_score must rise")
+        for template in self.templates:
+            for slot in re.findall(r"{(\w+)}", template):
+                if slot not in self.slots:
+                    raise ValueError(f"behaviour {self.name!r}: no slot {slot!r}{nearest(slot, self.slots)}")
+        return self
+
+    @property
+    def what(self) -> str:
+        """The test in a few words."""
+        added = " … ".join(part for part in (self.prepend, self.append) if part)
+        if self.kind == "minimum":
+            return f"is {self.label}: {self.templates[0]}"
+        if self.kind == "directional":
+            low, high = self.change_of_score
+            return f"{self.label} changes by {low:+g} to {high:+g} with “{added}”"
+        return (
+            f"same with “{added}”"
+            if self.change == "add"
+            else f"same with {(self.change or '').replace('_', ' ')}"
+        )
+
+
 class EvaluationSettings(Section):
     """How a run's model is measured on the test split (`jobs.evaluate`)."""
 
@@ -379,6 +449,8 @@ class EvaluationSettings(Section):
     """Actors that score the test split, each with the engine that `serving` chooses."""
     baseline_rows: Positive = 200_000
     """Training rows, evenly spaced, that the TF-IDF baseline is fitted on at most."""
+    behaviours: list[Behaviour] = []
+    """What an answer must and must not depend on."""
 
 
 class PromotionSettings(Section):
@@ -389,6 +461,8 @@ class PromotionSettings(Section):
     metric: str = "macro_f1"
     min_gain: Annotated[float, Field(ge=0)] = 0.0
     """How far above each baseline and the present champion the metric must be."""
+    behaviours: dict[str, Share] = {}
+    """Behaviour of `evaluation.behaviours` → the largest share of its cases that may fail."""
     require: bool = False
     """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
 
@@ -489,6 +563,17 @@ class Settings(Section):
         if value not in known:
             raise ValueError(f"no task {value!r}{nearest(value, known)} (known: {', '.join(known)})")
         return value
+
+    @model_validator(mode="after")
+    def _behaviours(self) -> Settings:
+        names = [behaviour.name for behaviour in self.evaluation.behaviours]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"evaluation.behaviours: {name!r} is there twice")
+        for name in self.promotion.behaviours:
+            if name not in names:
+                raise ValueError(f"promotion.behaviours: no behaviour {name!r}{nearest(name, names)}")
+        return self
 
     @model_validator(mode="after")
     def _weights(self) -> Settings:

@@ -20,7 +20,7 @@ PREDICTIONS = "predictions.parquet"
 
 def write(measured: Measured, folder: Path) -> None:
     """Fill an empty directory."""
-    drawn = {}
+    drawn: dict[str, bytes] = {}
     for head, one in {"": measured, **measured.others}.items():
         drawn |= {f"{head}-{file}" if head else file: png for file, png in figures(one.report).items()}
         pq.write_table(one.predictions, folder / _predictions(head))

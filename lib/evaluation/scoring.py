@@ -255,12 +255,17 @@ def read_texts(
     `most` evenly spaced rows."""
     if not shards:
         return [], np.zeros(0, np.int64)
-    rows = pa.concat_tables([_read_shard(shard) for shard in shards]).sort_by("id")
+    rows = read_rows(shards)
     if most is not None and len(rows) > most:
         rows = rows.take(np.linspace(0, len(rows) - 1, most).astype(np.int64))
     items = load_task(task).items(rows).sort_by("id")
     items = items.filter(pc.greater_equal(items[column], 0))
     return items["text"].to_pylist(), items[column].to_numpy().astype(np.int64)
+
+
+def read_rows(shards: Sequence[str]) -> pa.Table:
+    """A split's rows without what training alone reads, sorted by id."""
+    return pa.concat_tables([_read_shard(shard) for shard in shards]).sort_by("id")
 
 
 def softmax(logits: Floats) -> Floats:
