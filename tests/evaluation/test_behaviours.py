@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,6 @@ def test_what_a_behaviour_needs(behaviour: dict[str, Any], says: str) -> None:
 
 
 def test_a_gate_holds_only_while_a_behaviour_fails_seldom() -> None:
-    import dataclasses
 
     report = make_measured("1234", "0123456789abcdef", right=0.8).report
     one = {"name": "typos", "cases": 20, "failure_rate": 0.1}
