@@ -18,7 +18,7 @@ from dataclasses import replace
 from lib import heads, storage, tracking
 from lib.artifacts import DatasetRef, EvalReport
 from lib.command import connect, main
-from lib.errors import RegistryError
+from lib.errors import ConfigError, RegistryError
 from lib.evaluation import behaviours, text
 from lib.evaluation import report as files
 from lib.evaluation.classification import Subject
@@ -26,11 +26,14 @@ from lib.evaluation.scoring import read_task, score, scorers, start_baselines
 from lib.evaluation.several import measure_heads
 from lib.settings import Settings
 
+PART_CONFIGS = "jobs.finetune told where: runs/RUN_ID/model/PART.yaml"
 # What MLflow allows in the name of a metric.
 METRIC_SAFE = re.compile(r"[^\w.\- ]")
 
 
 def evaluate(settings: Settings) -> None:
+    if settings.data.parts:
+        raise ConfigError(f"a multitask run has a model for each part; give one's --config ({PART_CONFIGS})")
     run = tracking.find_run(settings, "finetune", settings.evaluation.run)
     if not storage.published(run.ref.model_uri):
         raise RegistryError(

@@ -140,7 +140,7 @@ class Split(Section):
 class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
-    source: str | Annotated[list[str], Field(min_length=1)]
+    source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
     validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the validation split is given; None takes a share of `source`."""
@@ -162,6 +162,11 @@ class DataSettings(Labelled):
     """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
     test stay as they are."""
     rows_per_shard: Positive = 20_000
+    parts: dict[Name, Part] = {}
+    """multitask: the data sets that one encoder is trained on, each with a source, columns and labels of its own."""
+    temperature: Annotated[float, Field(ge=1)] = 1.0
+    """multitask: T; a part of n training rows is drawn with a probability that goes by n^(1/T). 1 is its share,
+    and the larger T, the more even."""
 
     @field_validator("slices")
     @classmethod
@@ -172,6 +177,14 @@ class DataSettings(Labelled):
                 f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
             )
         return value
+
+    @model_validator(mode="after")
+    def _source_or_parts(self) -> DataSettings:
+        if self.source is None and not self.parts:
+            raise ValueError("source is missing; add it")
+        if self.parts and (self.source is not None or self.labels or self.heads):
+            raise ValueError("each of the parts has a source and labels of its own; leave them out here")
+        return self
 
     @model_validator(mode="after")
     def _labels_or_heads(self) -> DataSettings:
@@ -213,6 +226,25 @@ class DataSettings(Labelled):
         if not self.heads:
             return self.label_names
         return [f"{name}/{label}" for name, head in self.heads.items() for label in head.label_names]
+
+
+class Part(DataSettings):
+    """One of the data sets of a multitask run."""
+
+    task: Literal["sentiment", "tagging"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much a row of it counts in the loss."""
+    metric: str = "macro_f1"
+    """What decides when its model is promoted."""
+
+    @model_validator(mode="after")
+    def _flat(self) -> Part:
+        if self.parts:
+            raise ValueError("a part has no parts of its own")
+        return self
+
+
+DataSettings.model_rebuild()
 
 
 def _label_key(value: Any) -> str:
@@ -563,6 +595,25 @@ class Settings(Section):
         if value not in known:
             raise ValueError(f"no task {value!r}{nearest(value, known)} (known: {', '.join(known)})")
         return value
+
+    @model_validator(mode="after")
+    def _parts(self) -> Settings:
+        if bool(self.data.parts) != (self.task == "multitask"):
+            raise ValueError("the task multitask needs data.parts, and only it takes them")
+        return self
+
+    def part(self, name: str) -> Settings:
+        """What a part would be as a use of its own, called `NAME-PART`."""
+        part = self.data.parts[name]
+        whole = self.model_dump(mode="json")
+        data = part.model_dump(mode="json", exclude={"task", "weight", "metric"})
+        return Settings.model_validate(
+            whole
+            | {"name": f"{self.name}-{name}", "task": part.task, "data": data}
+            | {"training": whole["training"] | {"metric": part.metric}}
+            | {"evaluation": whole["evaluation"] | {"behaviours": []}}
+            | {"promotion": whole["promotion"] | {"behaviours": {}, "metric": part.metric}}
+        )
 
     @model_validator(mode="after")
     def _behaviours(self) -> Settings:

@@ -6,7 +6,7 @@ Imports no ray, so that a wrong column name, or a dataset that is there already,
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lib import storage
 from lib.artifacts import DatasetRef
@@ -33,6 +33,8 @@ class Plan:
     tokenizer: str
     """Checksum of the tokeniser's files."""
     ref: DatasetRef
+    parts: dict[str, Plan] = field(default_factory=dict)
+    """multitask: the datasets that this one is mixed of (`lib.data.mix`); it has no files of its own then."""
 
 
 def plan(settings: Settings) -> Plan:
@@ -42,6 +44,8 @@ def plan(settings: Settings) -> Plan:
     that cannot be used.
     """
     data = settings.data
+    if data.parts:
+        return _mixed(settings)
     task = load_task(settings.task)
     columns = {**task.columns(data), **data.slices}
     files = [
@@ -69,11 +73,27 @@ def plan(settings: Settings) -> Plan:
         "sources": [
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],
-        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads"})
+        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads", "parts", "temperature"})
         | ({"heads": heads} if heads else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)
     return Plan(
         settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
+    )
+
+
+def _mixed(settings: Settings) -> Plan:
+    parts = {name: plan(settings.part(name)) for name in settings.data.parts}
+    identity = {
+        "format": FORMAT,
+        "parts": {name: part.ref.fingerprint for name, part in parts.items()},
+        "temperature": settings.data.temperature,
+        "seed": settings.data.split.seed,
+        "rows_per_shard": settings.data.rows_per_shard,
+    }
+    reading = blocks.Reading((), {}, frozenset(), settings.data.rows_per_shard, None)
+    tokenizer = next(iter(parts.values())).tokenizer
+    return Plan(
+        settings, reading, (), tokenizer, DatasetRef(settings.name, storage.fingerprint(identity)), parts
     )
