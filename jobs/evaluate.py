@@ -13,22 +13,27 @@ import re
 import shlex
 import sys
 import time
+from dataclasses import replace
 
-from lib import storage, tracking
+from lib import heads, storage, tracking
 from lib.artifacts import DatasetRef, EvalReport
 from lib.command import connect, main
-from lib.errors import RegistryError
+from lib.errors import ConfigError, RegistryError
+from lib.evaluation import behaviours, text
 from lib.evaluation import report as files
-from lib.evaluation import text
-from lib.evaluation.classification import Subject, measure
-from lib.evaluation.scoring import read_task, score, start_baselines
+from lib.evaluation.classification import Subject
+from lib.evaluation.scoring import read_task, score, scorers, start_baselines
+from lib.evaluation.several import measure_heads
 from lib.settings import Settings
 
+PART_CONFIGS = "jobs.finetune told where: runs/RUN_ID/model/PART.yaml"
 # What MLflow allows in the name of a metric.
 METRIC_SAFE = re.compile(r"[^\w.\- ]")
 
 
 def evaluate(settings: Settings) -> None:
+    if settings.data.parts:
+        raise ConfigError(f"a multitask run has a model for each part; give one's --config ({PART_CONFIGS})")
     run = tracking.find_run(settings, "finetune", settings.evaluation.run)
     if not storage.published(run.ref.model_uri):
         raise RegistryError(
@@ -37,17 +42,21 @@ def evaluate(settings: Settings) -> None:
     info = read_task(run.ref.model_uri)
     dataset = DatasetRef(run.ref.name, info.dataset)
     manifest = dataset.manifest()
-    labels = manifest["labels"]
-    subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, labels)
+    labels = {head.name: head.labels for head in heads.of_manifest(manifest)}
+    subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, [])
     connect()
     import ray
 
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
-    baselines = start_baselines(info.task, dataset, len(labels), settings.evaluation)
-    scored = score(run.ref.model_uri, dataset, "test", settings)
+    baselines = start_baselines(info.task, dataset, settings.evaluation)
+    pool = scorers(run.ref.model_uri, settings)
+    cases = behaviours.prepare(settings.evaluation.behaviours, dataset, info)
+    scored = score(run.ref.model_uri, dataset, "test", settings, pool)
+    behaved = behaviours.measure(cases, pool, info)
     print("waiting for the baselines")
-    measured = measure(subject, scored, ray.get(baselines), settings.evaluation)
+    measured = measure_heads(subject, labels, scored, ray.get(baselines), settings.evaluation)
+    measured = replace(measured, report=replace(measured.report, behaviours=behaved))
     # The report of an earlier evaluation of the same run gives way to this one.
     with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
         files.write(measured, folder)
@@ -65,10 +74,15 @@ def evaluate(settings: Settings) -> None:
 def record(run: tracking.Run, report: EvalReport) -> None:
     """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
     values = {f"test/{METRIC_SAFE.sub('_', name)}": value for name, value in report.metrics.items()}
-    for baseline, figures in report.baselines.items():
-        values |= {f"test/{baseline}/{name}": figures[name] for name in ("macro_f1", "accuracy")}
-    for label, figures in report.per_class.items():
-        values[f"test/f1/{METRIC_SAFE.sub('_', label)}"] = figures["f1"]
+    for one in text.reports(report):
+        for baseline, figures in one.baselines.items():
+            inside = f"test/{one.head}/{baseline}" if one.head else f"test/{baseline}"
+            values |= {f"{inside}/{name}": figures[name] for name in ("macro_f1", "accuracy")}
+        for label, figures in one.per_class.items():
+            title = f"{one.head}/{METRIC_SAFE.sub('_', label)}" if one.head else METRIC_SAFE.sub("_", label)
+            values[f"test/f1/{title}"] = figures["f1"]
+    values |= {f"test/uncalibrated/{name}": value for name, value in report.uncalibrated.items()}
+    values |= {f"test/failures/{b['name']}": b["failure_rate"] for b in report.behaviours}
     run.log_metrics(values)
     with storage.local_copy(run.ref.evaluation_uri) as folder:
         for file in sorted(folder.iterdir()):

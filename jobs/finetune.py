@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from lib import tracking
+from lib import storage, tracking
 from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
 from lib.planner.check import check
@@ -60,6 +60,11 @@ def finetune(settings: Settings) -> None:
     print(f"peak memory per worker: {', '.join(f'{m:.2f}' for m in summary['peak_memory_gib'])} GiB")
     print("best validation: " + "  ".join(f"{k} {v:.4g}" for k, v in summary["best"].items()))
     print(f"model: {result.model_uri}")
+    for part in settings.data.parts:
+        config = storage.join(result.model_uri, f"{part}.yaml").removeprefix("file://")
+        print(f"part {part}, next: python -m jobs.evaluate --config {config}")
+    if settings.data.parts:
+        return
     print(f"next: python -m jobs.evaluate --config … --evaluation.run {run.ref.id}")
 
 

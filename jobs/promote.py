@@ -17,20 +17,22 @@ from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
 from lib.errors import ConfigError, GateError, nearest
 from lib.evaluation import report as files
-from lib.evaluation.classification import Measured, Subject, lead, measure
+from lib.evaluation.classification import Measured, Subject, lead
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
-from lib.evaluation.text import table
+from lib.evaluation.several import measure_heads
+from lib.evaluation.text import reports, table
 from lib.registry import CANDIDATE, CHAMPION, Condition
 from lib.settings import Settings
 
 
 def promote(settings: Settings) -> None:
     metric = settings.promotion.metric
-    if metric not in DECIDING:
-        known = ", ".join(DECIDING)
+    deciding = [*DECIDING, *(f"{head}/{name}" for head in settings.data.heads for name in DECIDING)]
+    if metric not in deciding:
+        known = ", ".join(deciding)
         raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, DECIDING)} (known: {known})"
+            f"promotion.metric: {metric!r} cannot decide{nearest(metric, deciding)} (known: {known})"
         )
     run = tracking.find_run(settings, "finetune", settings.promotion.run, tag="evaluated")
     if run.ref.name != settings.name:
@@ -60,8 +62,11 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
     rival = champion_measured(present, candidate, settings) if present else None
     conditions = registry.gate(candidate.report, rival.report if rival else None, settings.promotion)
     print(f"\n{gate_table(conditions)}\n")
+    ahead = None
     if rival:
-        print(f"macro-F1 above {present}: {shown(lead(candidate, rival, settings.evaluation.bootstrap))}")
+        ours, theirs = candidate.of(settings.promotion.metric), rival.of(settings.promotion.metric)
+        ahead = lead(ours, theirs, settings.evaluation.bootstrap)
+        print(f"macro-F1 above {present}: {ahead}")
     held = all(condition.holds for condition in conditions)
     if held and not registry.crown(ref, instead_of=present):
         return False
@@ -71,6 +76,7 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
             "version": str(ref),
             "champion_before": str(present) if present else None,
             "met": held,
+            "lead": vars(ahead) if ahead else None,
             "conditions": [{**vars(condition), "holds": condition.holds} for condition in conditions],
         },
         "promotion.json",
@@ -99,20 +105,24 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
         info = read_task(present.uri)
     connect()
     scored = score(present.uri, DatasetRef(report.name, report.dataset), "test", settings)
-    subject = Subject(present.name, lineage["run"], info.task, report.dataset, report.labels)
-    return measure(subject, scored, {}, settings.evaluation)
+    subject = Subject(present.name, lineage["run"], info.task, report.dataset, [])
+    labels = {one.head: one.labels for one in reports(report)}
+    return measure_heads(subject, labels, scored, {}, settings.evaluation)
 
 
 def gate_table(conditions: list[Condition]) -> str:
     return table(
-        ["gate", "candidate", "must be above", "holds"],
-        [[c.what, f"{c.value:.4f}", f"{c.threshold:.4f}", "yes" if c.holds else "NO"] for c in conditions],
+        ["gate", "candidate", "must be", "holds"],
+        [
+            [
+                c.what,
+                f"{c.value:.4f}",
+                f"{'at most' if c.at_most else 'above'} {c.threshold:.4f}",
+                "yes" if c.holds else "NO",
+            ]
+            for c in conditions
+        ],
     )
-
-
-def shown(difference: list[float]) -> str:
-    value, *ends = difference
-    return f"{value:+.4f}" + (f" (95% interval {ends[0]:+.4f} to {ends[1]:+.4f})" if ends else "")
 
 
 def command(module: str) -> str:

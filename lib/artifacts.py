@@ -11,7 +11,7 @@ A model directory holds config.json, model.safetensors, the tokenizer's files an
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +135,16 @@ class EvalReport:
     """Classifier → how it came to its answers, in words."""
     mistakes: list[dict[str, Any]]
     """The surest wrong answers, surest first: id, text, label, predicted, confidence."""
+    temperature: float = 1.0
+    """What the model divides its logits by; all figures are of the answers after that."""
+    uncalibrated: dict[str, float] = field(default_factory=dict)
+    """calibration_error, log_loss and brier of the model's answers before it."""
+    behaviours: list[dict[str, Any]] = field(default_factory=list)
+    """What `lib.evaluation.behaviours` measured: name, kind, what, cases, failures, failure_rate, examples."""
+    head: str = ""
+    """The head that this is about; empty for a model of one head."""
+    others: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the other heads: head → its report. `metrics` and `baselines` here hold `HEAD/METRIC` of all heads."""
     format: int = 1
 
     def write(self, folder: Path) -> None:
@@ -162,6 +172,10 @@ class TaskFile:
     dataset: str
     case_markers: bool = False
     """Whether a token follows each word with capitals (lib.words.pieces)."""
+    temperature: float = 1.0
+    """What logits are divided by before the softmax, fitted on the validation split (Guo et al. 2017)."""
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Head → its `labels` and `temperature`, in the order of the outputs; empty for a model of one head."""
     format: int = 1
     chat_template: str | None = None
     """chat: what `model.chat_template` named; the template itself lies with the tokenizer."""

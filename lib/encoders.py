@@ -117,8 +117,10 @@ def pretrained(auto_class: Any, base: Path, settings: Settings, classes: list[st
     return model
 
 
-def balance(chosen: str | dict[str, float], classes: list[str], manifest: dict[str, Any]) -> dict[str, float]:
-    """Weight of each class: 1, all training rows / (classes · rows of the class), or what `chosen` gives it.
+def balance(
+    chosen: str | dict[str, float], classes: Sequence[str], manifest: dict[str, Any]
+) -> dict[str, float]:
+    """Weight of each class: 1, training rows of them all / (classes · rows of the class), or what `chosen` gives it.
 
     `chosen` is `training.class_weights`; only `balanced` needs the manifest's counts.
     """
@@ -126,9 +128,10 @@ def balance(chosen: str | dict[str, float], classes: list[str], manifest: dict[s
         return {name: chosen.get(name, 1.0) for name in classes}
     if chosen == "none":
         return dict.fromkeys(classes, 1.0)
-    rows = manifest["splits"]["train"]["labels"]
+    counts = manifest["splits"]["train"]["labels"]
+    rows = {name: counts.get(name, 0) for name in classes}
     total = sum(rows.values())
-    return {name: total / (len(classes) * max(rows.get(name, 0), 1)) for name in classes}
+    return {name: total / (len(classes) * max(rows[name], 1)) for name in classes}
 
 
 def loss(

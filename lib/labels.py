@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pyarrow as pa
 
-from lib.settings import DataSettings
+from lib.settings import Labelled
 
 MISSING = -1
 """No label: null or blank."""
@@ -23,9 +23,9 @@ class Mapping:
     classes: dict[str, int]
 
     @classmethod
-    def of(cls, data: DataSettings) -> Mapping:
-        names = data.label_names
-        return cls({value: names.index(label) for value, label in data.label_map.items()})
+    def of(cls, labelled: Labelled) -> Mapping:
+        names = labelled.label_names
+        return cls({value: names.index(label) for value, label in labelled.label_map.items()})
 
     def index(self, value: str | None) -> int:
         """Class of one value: `3`, `3.0` and ` 3 ` are one; exact matches go first."""

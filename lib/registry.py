@@ -43,17 +43,20 @@ class Condition:
     what: str
     value: float
     threshold: float
+    at_most: bool = False
+    """The value must not be above the threshold; otherwise it must be."""
 
     @property
     def holds(self) -> bool:
-        return self.value > self.threshold
+        return (self.value > self.threshold) != self.at_most
 
 
 def gate(report: EvalReport, champion: EvalReport | None, promotion: PromotionSettings) -> list[Condition]:
-    """What a candidate must meet: better than each baseline, and than the present champion if there is one.
+    """What a candidate must meet: better than each baseline, and than the present champion if there is one, and
+    no behaviour failing more often than it may.
 
     Both reports must be of the same dataset. Raises RegistryError when they are not, or when a report
-    lacks the metric or the baselines.
+    lacks the metric, the baselines or a behaviour.
     """
     if champion is not None and champion.dataset != report.dataset:
         raise RegistryError(
@@ -70,10 +73,25 @@ def gate(report: EvalReport, champion: EvalReport | None, promotion: PromotionSe
     for figures in (report.metrics, *rivals.values()):
         if metric not in figures:
             raise RegistryError(f"no metric {metric!r} was measured{nearest(metric, figures)}")
-    return [
+    conditions = [
         Condition(f"{metric} above {name}", report.metrics[metric], figures[metric] + promotion.min_gain)
         for name, figures in rivals.items()
     ]
+    measured = {behaviour["name"]: behaviour for behaviour in report.behaviours}
+    for name, most in promotion.behaviours.items():
+        if name not in measured:
+            raise RegistryError(
+                f"behaviour {name!r} was not measured of run {report.run}; run python -m jobs.evaluate again"
+            )
+        if not measured[name]["cases"]:
+            raise RegistryError(
+                f"behaviour {name!r} has no case in the test split, and so cannot be a condition;"
+                " give more rows or leave it out of promotion.behaviours"
+            )
+        conditions.append(
+            Condition(f"failures of {name}", measured[name]["failure_rate"], most, at_most=True)
+        )
+    return conditions
 
 
 def register(run: tracking.Run, report: EvalReport) -> ModelRef:

@@ -8,6 +8,7 @@ nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -83,6 +84,53 @@ class Columns(Section):
     """chat, in pairs and Alpaca's form: the system message, where a source has one."""
 
 
+def _label_values(value: Any) -> Any:
+    # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
+    if isinstance(value, dict):
+        value = {_label_key(k): v for k, v in value.items()}
+    elif isinstance(value, list):
+        value = [_label_key(v) for v in value]
+    if isinstance(value, (dict, list)) and not value:
+        raise ValueError("at least one label is needed")
+    return value
+
+
+Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
+ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Labelled(Section):
+    """What has labels: the data, or one head."""
+
+    labels: Labels | None = None
+    """Value in the source → label, or the list of labels when the source already holds them.
+
+    tagging: the kinds of entity, without B- and I-. chat has none.
+    """
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Value in the source (as text) → label."""
+        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels or ()}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, in the order in which the configuration first names them: class i is the i-th."""
+        return list(dict.fromkeys(self.label_map.values()))
+
+
+class HeadSettings(Labelled):
+    """One of several answers that a model gives about a text, such as its topic beside its sentiment."""
+
+    column: str
+    """Of the source. A row without a value is not learned from by this head."""
+    labels: Labels
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much an answer of this head counts in the loss."""
+    class_weights: ClassWeights | None = None
+    """None: `training.class_weights`."""
+
+
 class Split(Section):
     """Shares of the rows; a row's place depends on its text and the seed alone.
 
@@ -104,10 +152,10 @@ class Split(Section):
         return self
 
 
-class DataSettings(Section):
+class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
-    source: str | Annotated[list[str], Field(min_length=1)]
+    source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
     validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the validation split is given; None takes a share of `source`."""
@@ -116,13 +164,10 @@ class DataSettings(Section):
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"] = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
-    labels: dict[str, str] | list[str] | None = None
-    """Value in the source → label, or the list of labels when the source already holds them.
-
-    tagging: the kinds of entity, without B- and I-. chat has none.
-    """
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
+    heads: dict[Name, HeadSettings] = {}
+    """sentiment: several heads on one encoder, instead of `labels` and `columns.label`. The first is the main one."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}
@@ -134,23 +179,16 @@ class DataSettings(Section):
     """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
     test stay as they are."""
     rows_per_shard: Positive = 20_000
-
-    @field_validator("labels", mode="before")
-    @classmethod
-    def _labels(cls, value: Any) -> Any:
-        # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
-        if isinstance(value, dict):
-            value = {_label_key(k): v for k, v in value.items()}
-        elif isinstance(value, list):
-            value = [_label_key(v) for v in value]
-        if isinstance(value, (dict, list)) and not value:
-            raise ValueError("at least one label is needed")
-        return value
+    parts: dict[Name, Part] = {}
+    """multitask: the data sets that one encoder is trained on, each with a source, columns and labels of its own."""
+    temperature: Annotated[float, Field(ge=1)] = 1.0
+    """multitask: T; a part of n training rows is drawn with a probability that goes by n^(1/T). 1 is its share,
+    and the larger T, the more even."""
 
     @field_validator("slices")
     @classmethod
     def _slices(cls, value: dict[str, str]) -> dict[str, str]:
-        taken = RESERVED_COLUMNS & set(value)
+        taken = {name for name in value if name in RESERVED_COLUMNS or name.startswith("label:")}
         if taken:
             raise ValueError(
                 f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
@@ -158,7 +196,23 @@ class DataSettings(Section):
         return value
 
     @model_validator(mode="after")
+    def _source_or_parts(self) -> DataSettings:
+        if self.source is None and not self.parts:
+            raise ValueError("source is missing; add it")
+        if self.parts and (self.source is not None or self.labels or self.heads):
+            raise ValueError("each of the parts has a source and labels of its own; leave them out here")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_or_heads(self) -> DataSettings:
+        if self.heads and self.labels:
+            raise ValueError("give labels or heads, not both")
+        return self
+
+    @model_validator(mode="after")
     def _undersample(self) -> DataSettings:
+        if self.undersample and self.heads:
+            raise ValueError("undersample: a row of several heads has no single label; leave it out")
         for label in self.undersample:
             if label not in self.label_names:
                 raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
@@ -184,14 +238,30 @@ class DataSettings(Section):
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     @property
-    def label_map(self) -> dict[str, str]:
-        """Value in the source (as text) → label."""
-        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels or ()}
+    def class_names(self) -> list[str]:
+        """`label_names`; `HEAD/LABEL` of all heads where there are several."""
+        if not self.heads:
+            return self.label_names
+        return [f"{name}/{label}" for name, head in self.heads.items() for label in head.label_names]
 
-    @property
-    def label_names(self) -> list[str]:
-        """The classes, in the order in which the configuration first names them: class i is the i-th."""
-        return list(dict.fromkeys(self.label_map.values()))
+
+class Part(DataSettings):
+    """One of the data sets of a multitask run."""
+
+    task: Literal["sentiment", "tagging"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much a row of it counts in the loss."""
+    metric: str = "macro_f1"
+    """What decides when its model is promoted."""
+
+    @model_validator(mode="after")
+    def _flat(self) -> Part:
+        if self.parts:
+            raise ValueError("a part has no parts of its own")
+        return self
+
+
+DataSettings.model_rebuild()
 
 
 def _label_key(value: Any) -> str:
@@ -280,14 +350,15 @@ class TrainingSettings(Section):
     packing: bool | None = None
     """Several examples in one sequence of `model.max_length`, none of which sees another; None: where the task
     can (chat)."""
-    class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
+    class_weights: ClassWeights = "none"
     """balanced: rows / (classes · rows of the class), or a weight for each label."""
     label_smoothing: Share = 0.0
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
     metric: str | None = None
     """The validation metric that decides which checkpoint is best and when to stop (`loss` and `perplexity` count
-    down); None takes the task's own: macro_f1, or loss for chat."""
+    down); with several heads one's own, such as `topic/macro_f1`, or the mean over them. None takes the task's
+    own: macro_f1, or loss for chat."""
     patience: Positive | None = 2
     """Stop after this many validations without a better metric; None trains to the end."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
@@ -405,6 +476,75 @@ class TuningSettings(Section):
         return value
 
 
+class Behaviour(Section):
+    """One behavioural test of the model (`lib.evaluation.behaviours`)."""
+
+    name: Name
+    kind: Literal["invariance", "directional", "minimum"]
+    """invariance: the prediction stays; directional: a label's score changes within bounds; minimum: templates
+    whose label is known."""
+    rows: Positive = 200
+    """Rows of the test split, or filled templates, at most."""
+    change: (
+        Literal[
+            "typos", "lower_case", "upper_case", "swapped_case", "contractions", "numbers", "replace", "add"
+        ]
+        | None
+    ) = None
+    """invariance: what is done to the text. `replace` takes words of `replace`, `add` what `append` and `prepend` hold."""
+    replace: list[Annotated[list[str], Field(min_length=2)]] = []
+    """Lists of words that may stand for one another, such as names."""
+    append: str = ""
+    prepend: str = ""
+    change_of_score: tuple[float, float] = (-1.0, 1.0)
+    """directional: least and most that the label's score may rise by; `[-0.1, 1]` must not fall by more than 0.1."""
+    templates: list[str] = []
+    """minimum: texts with `{slots}`."""
+    slots: dict[str, Annotated[list[str], Field(min_length=1)]] = {}
+    label: str | None = None
+    """directional: whose score; minimum: what is right."""
+    head: str = ""
+    """Of a model with several heads; empty is the first."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Behaviour:
+        added = bool(self.append or self.prepend)
+        needed = {
+            "invariance": {"change": self.change is not None},
+            "directional": {"label": self.label is not None, "append or prepend": added},
+            "minimum": {"label": self.label is not None, "templates": bool(self.templates)},
+        }[self.kind]
+        if self.change in ("replace", "add"):
+            needed |= (
+                {"replace": bool(self.replace)} if self.change == "replace" else {"append or prepend": added}
+            )
+        lacking = [key for key, given in needed.items() if not given]
+        if lacking:
+            raise ValueError(f"behaviour {self.name!r}: {self.kind} needs {', '.join(lacking)}")
+        if self.change_of_score[0] > self.change_of_score[1]:
+            raise ValueError(f"behaviour {self.name!r}: change_of_score must rise")
+        for template in self.templates:
+            for slot in re.findall(r"{(\w+)}", template):
+                if slot not in self.slots:
+                    raise ValueError(f"behaviour {self.name!r}: no slot {slot!r}{nearest(slot, self.slots)}")
+        return self
+
+    @property
+    def what(self) -> str:
+        """The test in a few words."""
+        added = " … ".join(part for part in (self.prepend, self.append) if part)
+        if self.kind == "minimum":
+            return f"is {self.label}: {self.templates[0]}"
+        if self.kind == "directional":
+            low, high = self.change_of_score
+            return f"{self.label} changes by {low:+g} to {high:+g} with “{added}”"
+        return (
+            f"same with “{added}”"
+            if self.change == "add"
+            else f"same with {(self.change or '').replace('_', ' ')}"
+        )
+
+
 class EvaluationSettings(Section):
     """How a run's model is measured on the test split (`jobs.evaluate`)."""
 
@@ -418,6 +558,8 @@ class EvaluationSettings(Section):
     """Actors that score the test split, each with the engine that `serving` chooses."""
     baseline_rows: Positive = 200_000
     """Training rows, evenly spaced, that the TF-IDF baseline is fitted on at most."""
+    behaviours: list[Behaviour] = []
+    """What an answer must and must not depend on."""
 
 
 class PromotionSettings(Section):
@@ -428,6 +570,8 @@ class PromotionSettings(Section):
     metric: str = "macro_f1"
     min_gain: Annotated[float, Field(ge=0)] = 0.0
     """How far above each baseline and the present champion the metric must be."""
+    behaviours: dict[str, Share] = {}
+    """Behaviour of `evaluation.behaviours` → the largest share of its cases that may fail."""
     require: bool = False
     """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
 
@@ -538,14 +682,44 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _parts(self) -> Settings:
+        if bool(self.data.parts) != (self.task == "multitask"):
+            raise ValueError("the task multitask needs data.parts, and only it takes them")
+        return self
+
+    def part(self, name: str) -> Settings:
+        """What a part would be as a use of its own, called `NAME-PART`."""
+        part = self.data.parts[name]
+        whole = self.model_dump(mode="json")
+        data = part.model_dump(mode="json", exclude={"task", "weight", "metric"})
+        return Settings.model_validate(
+            whole
+            | {"name": f"{self.name}-{name}", "task": part.task, "data": data}
+            | {"training": whole["training"] | {"metric": part.metric}}
+            | {"evaluation": whole["evaluation"] | {"behaviours": []}}
+            | {"promotion": whole["promotion"] | {"behaviours": {}, "metric": part.metric}}
+        )
+
+    @model_validator(mode="after")
+    def _behaviours(self) -> Settings:
+        names = [behaviour.name for behaviour in self.evaluation.behaviours]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"evaluation.behaviours: {name!r} is there twice")
+        for name in self.promotion.behaviours:
+            if name not in names:
+                raise ValueError(f"promotion.behaviours: no behaviour {name!r}{nearest(name, names)}")
+        return self
+
+    @model_validator(mode="after")
     def _weights(self) -> Settings:
-        weights = self.training.class_weights
-        if isinstance(weights, dict):
-            for label in weights:
-                if label not in self.data.label_names:
-                    raise ValueError(
-                        f"training.class_weights: no label {label!r}{nearest(label, self.data.label_names)}"
-                    )
+        chosen = {"training": (self.training.class_weights, self.data.class_names)}
+        for name, head in self.data.heads.items():
+            chosen[f"data.heads.{name}"] = (head.class_weights or "none", head.label_names)
+        for section, (weights, known) in chosen.items():
+            for label in weights if isinstance(weights, dict) else ():
+                if label not in known:
+                    raise ValueError(f"{section}.class_weights: no label {label!r}{nearest(label, known)}")
         return self
 
 

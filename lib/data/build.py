@@ -18,6 +18,7 @@ from typing import Any
 
 from lib import storage, tracking
 from lib.data import sources
+from lib.data.mix import mix
 from lib.data.passes import Scanned, Written, find_duplicates, scan, write
 from lib.data.plan import FORMAT, SOURCES, Plan
 from lib.errors import DataError
@@ -29,6 +30,11 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
 
     Raises DataError, in one line, for rows that cannot be read or labelled; then nothing is published.
     """
+    if plan.parts:
+        for part in plan.parts.values():
+            if not part.ref.exists():
+                build(part, say)
+        return mix(plan, say)
     with storage.publish_from_workers(plan.ref.uri) as uri:
         say(f"scanning {_source(plan)}")
         scanned, hashes = scan(plan.reading, plan.settings)
@@ -109,6 +115,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
         "tokenizer": plan.tokenizer,
         "max_length": settings.model.max_length,
         "labels": classes,
+        "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
         "rows_read": scanned.rows,
         "dropped": {

@@ -6,7 +6,7 @@ Imports no ray, so that a wrong column name, or a dataset that is there already,
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lib import storage
 from lib.artifacts import DatasetRef
@@ -34,6 +34,8 @@ class Plan:
     tokenizer: str
     """Checksum of the tokeniser's files."""
     ref: DatasetRef
+    parts: dict[str, Plan] = field(default_factory=dict)
+    """multitask: the datasets that this one is mixed of (`lib.data.mix`); it has no files of its own then."""
 
 
 def plan(settings: Settings) -> Plan:
@@ -43,6 +45,8 @@ def plan(settings: Settings) -> Plan:
     that cannot be used.
     """
     data = settings.data
+    if data.parts:
+        return _mixed(settings)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     files = [
@@ -51,12 +55,18 @@ def plan(settings: Settings) -> Plan:
         for file in sources.find_files(uris, data.format, split, f"{split}_source" if split else "source")
     ]
     columns = {**task.columns(data, column_names(files[0])), **data.slices}
-    keys = {f"slices.{name}" if name in data.slices else f"columns.{name}": c for name, c in columns.items()}
+    # A task may name a column by the whole of its key, such as `heads.topic.column`.
+    keys = {
+        f"slices.{name}" if name in data.slices else name if "." in name else f"columns.{name}": column
+        for name, column in columns.items()
+    }
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
         checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
+    # What the loss does with a head changes no row.
+    heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     identity = {
         "format": FORMAT,
         "task": settings.task,
@@ -66,11 +76,28 @@ def plan(settings: Settings) -> Plan:
         "sources": [
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],
-        "data": data.model_dump(mode="json", exclude=SOURCES),
         "chat_template": template and template_text(template),
+        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads", "parts", "temperature"})
+        | ({"heads": heads} if heads else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)
     return Plan(
         settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
+    )
+
+
+def _mixed(settings: Settings) -> Plan:
+    parts = {name: plan(settings.part(name)) for name in settings.data.parts}
+    identity = {
+        "format": FORMAT,
+        "parts": {name: part.ref.fingerprint for name, part in parts.items()},
+        "temperature": settings.data.temperature,
+        "seed": settings.data.split.seed,
+        "rows_per_shard": settings.data.rows_per_shard,
+    }
+    reading = blocks.Reading((), {}, frozenset(), settings.data.rows_per_shard, None)
+    tokenizer = next(iter(parts.values())).tokenizer
+    return Plan(
+        settings, reading, (), tokenizer, DatasetRef(settings.name, storage.fingerprint(identity)), parts
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyarrow as pa
 from lib.artifacts import EvalReport
 from lib.evaluation import metrics, slices
 from lib.evaluation.baselines import Baseline
-from lib.evaluation.intervals import bootstrap_macro_f1, interval
+from lib.evaluation.intervals import bootstrap_macro_f1, interval, mcnemar, p_value
 from lib.evaluation.metrics import Floats, Ints
 from lib.evaluation.scoring import Scored
 from lib.settings import EvaluationSettings
@@ -33,6 +33,12 @@ class Measured:
     report: EvalReport
     predictions: pa.Table
     """id, label, predicted (class indices), probabilities list<double>; sorted by id."""
+    others: dict[str, Measured] = field(default_factory=dict)
+    """The other heads."""
+
+    def of(self, metric: str) -> Measured:
+        """The head that a metric such as `topic/macro_f1` is about; the first for one without a head's name."""
+        return self.others.get(metric.partition("/")[0], self)
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,49 @@ def measure(
             **{name: f"{b.how}, {b.seconds:.1f} s" for name, b in baselines.items()},
         },
         mistakes=_mistakes(rows, truth, answers[MODEL], names),
+        temperature=scored.temperature,
+        uncalibrated=_uncalibrated(truth, scored, names, settings.calibration_bins),
+        head=scored.head,
     )
     return Measured(report, _predictions(rows, truth, answers[MODEL]))
 
 
-def lead(ours: Measured, theirs: Measured, resamples: int) -> list[float]:
-    """One model's macro-F1 minus another's on the same split: value, and the ends of its 95% interval.
+def _uncalibrated(truth: Ints, scored: Scored, names: list[str], bins: int) -> dict[str, float]:
+    """What the temperature changes, before it did; empty for a model without one."""
+    if scored.uncalibrated is None:
+        return {}
+    figures = metrics.summary(truth, in_order(scored.uncalibrated, scored.labels, names), bins)
+    return {name: figures[name] for name in ("calibration_error", "log_loss", "brier")}
 
-    Without resamples only the value. Raises ValueError when the two were measured on different rows.
+
+@dataclass(frozen=True)
+class Lead:
+    """One model beside another on the same split."""
+
+    macro_f1: float
+    """Ours minus theirs."""
+    interval: list[float]
+    """Ends of its 95% interval; empty without a bootstrap."""
+    p: float | None
+    """Of no difference, by the paired bootstrap; None without one."""
+    only_ours: int
+    """Items that ours alone has right."""
+    only_theirs: int
+    mcnemar_p: float | None
+    """McNemar's exact test on these; None where items lie in rows and so are not independent."""
+
+    def __str__(self) -> str:
+        text = f"{self.macro_f1:+.4f}"
+        if self.p is not None:
+            text += f" (95% interval {self.interval[0]:+.4f} to {self.interval[1]:+.4f}, p {self.p:.3f})"
+        text += f"; right where the other is wrong {self.only_ours:,} times, wrong where it is right {self.only_theirs:,}"
+        return text + (f" (McNemar's p {self.mcnemar_p:.3f})" if self.mcnemar_p is not None else "")
+
+
+def lead(ours: Measured, theirs: Measured, resamples: int) -> Lead:
+    """How far one model is ahead of another, and whether that could be chance.
+
+    Raises ValueError when the two were measured on different rows.
     """
     if ours.predictions["id"] != theirs.predictions["id"]:
         raise ValueError("the two models were measured on different rows")
@@ -101,16 +142,19 @@ def lead(ours: Measured, theirs: Measured, resamples: int) -> list[float]:
         name: one.predictions["predicted"].to_numpy().astype(np.int64)
         for name, one in (("ours", ours), ("theirs", theirs))
     }
-    value = ours.report.metrics["macro_f1"] - theirs.report.metrics["macro_f1"]
-    if not resamples:
-        return [value]
     ids = ours.predictions["id"].to_pylist()
     inside = any(":" in name for name in ids[:1])  # an item's id is its row's, and its place behind a colon
-    rows = pa.array([name.partition(":")[0] for name in ids]) if inside else None
-    scores = bootstrap_macro_f1(
-        truth, predicted, len(ours.report.labels), resamples, groups=_numbered(rows) if rows else None
-    )
-    return [value, *interval(scores["ours"] - scores["theirs"])]
+    won, lost, chance = mcnemar(predicted["ours"] == truth, predicted["theirs"] == truth)
+    ends: list[float] = []
+    p = None
+    if resamples:
+        rows = _numbered(pa.array([name.partition(":")[0] for name in ids])) if inside else None
+        classes = len(ours.report.labels)
+        scores = bootstrap_macro_f1(truth, predicted, classes, resamples, groups=rows)
+        differences = scores["ours"] - scores["theirs"]
+        ends, p = interval(differences), p_value(differences)
+    value = ours.report.metrics["macro_f1"] - theirs.report.metrics["macro_f1"]
+    return Lead(value, ends, p, won, lost, None if inside else chance)
 
 
 def groups(items: pa.Table) -> Ints | None:

@@ -74,6 +74,26 @@ def interval(scores: Floats, level: float = 0.95) -> list[float]:
     return [float(v) for v in np.quantile(scores, [tail, 1 - tail])]
 
 
+def p_value(differences: Floats) -> float:
+    """Two-sided p of no difference, from the difference's resampled values (Efron and Tibshirani 1993, chapter 15):
+    twice the share on the other side of 0. Never 0: no share is smaller than one resample."""
+    below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
+    return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
+
+
+def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> tuple[int, int, float]:
+    """Rows that only one of two models has right, ours and theirs, and the two-sided p of McNemar's exact test
+    (McNemar 1947): with equally good models each such row falls to either like a coin.
+
+    `ours` and `theirs` bool [N] say which rows are right. Rows must be independent: not words of one sentence.
+    """
+    from scipy.stats import binomtest
+
+    won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+    p = float(binomtest(won, won + lost, 0.5).pvalue) if won + lost else 1.0
+    return won, lost, p
+
+
 def _confusions(drawn: Ints, place: Ints, classes: int) -> Ints:
     """Confusion matrices [S, C, C] from counts of K combinations and the matrix cell of each."""
     flat = np.zeros((len(drawn), classes * classes), np.int64)

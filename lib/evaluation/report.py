@@ -12,7 +12,7 @@ from lib import storage
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
-from lib.evaluation.text import HEADINGS, own_metrics
+from lib.evaluation.text import HEADINGS, own_metrics, reports
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PREDICTIONS = "predictions.parquet"
@@ -20,19 +20,30 @@ PREDICTIONS = "predictions.parquet"
 
 def write(measured: Measured, folder: Path) -> None:
     """Fill an empty directory."""
-    report = measured.report
-    drawn = figures(report)
+    drawn: dict[str, bytes] = {}
+    for head, one in {"": measured, **measured.others}.items():
+        drawn |= {f"{head}-{file}" if head else file: png for file, png in figures(one.report).items()}
+        pq.write_table(one.predictions, folder / _predictions(head))
     for file, png in drawn.items():
         (folder / file).write_bytes(png)
-    (folder / "report.html").write_text(page(report, drawn), encoding="utf-8")
-    pq.write_table(measured.predictions, folder / PREDICTIONS)
-    report.write(folder)
+    (folder / "report.html").write_text(page(measured.report, drawn), encoding="utf-8")
+    measured.report.write(folder)
 
 
 def read(uri: str) -> Measured:
     """What `write` left in a published directory. Raises StorageError."""
     with storage.local_copy(uri) as folder:
-        return Measured(EvalReport.read(str(folder)), pq.read_table(folder / PREDICTIONS))
+        first, *others = reports(EvalReport.read(str(folder)))
+        return Measured(
+            first,
+            pq.read_table(folder / PREDICTIONS),
+            {one.head: Measured(one, pq.read_table(folder / _predictions(one.head))) for one in others},
+        )
+
+
+def _predictions(head: str) -> str:
+    """The file of a head; the first's for an empty name."""
+    return f"{head}-{PREDICTIONS}" if head else PREDICTIONS
 
 
 def figures(report: EvalReport) -> dict[str, bytes]:
@@ -61,10 +72,24 @@ def page(report: EvalReport, drawn: dict[str, bytes]) -> str:
 
     # Texts and labels are a user's: whatever they hold is shown, never run.
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    parts = [
+        {
+            "report": one,
+            "own_metrics": own_metrics(one),
+            "classifiers": {MODEL: one.metrics, **one.baselines},
+            "figures": {
+                file.removesuffix(".png"): base64.b64encode(png).decode()
+                for file, png in drawn.items()
+                if _is_of(file, one.head if place else "")
+            },
+        }
+        for place, one in enumerate(reports(report))
+    ]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report,
-        headings=HEADINGS,
-        own_metrics=own_metrics(report),
-        classifiers={MODEL: report.metrics, **report.baselines},
-        figures={file.removesuffix(".png"): base64.b64encode(png).decode() for file, png in drawn.items()},
+        report=report, parts=parts, headings=HEADINGS
     )
+
+
+def _is_of(file: str, head: str) -> bool:
+    """Whether a figure is of this head; the first's have no head's name."""
+    return file.startswith(f"{head}-") if head else "-" not in file

@@ -32,16 +32,42 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def render(report: EvalReport) -> str:
-    """The whole report as text: classifiers side by side, classes, slices."""
-    parts = [
-        f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test rows",
-        classifiers(report),
-        row_metrics(report),
-        leads(report),
-        classes(report),
-        *(slice_table(name, values) for name, values in report.slices.items()),
+    """The whole report as text: classifiers side by side, classes, slices; behaviours."""
+    parts = [f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test rows"]
+    for one in reports(report):
+        parts += [
+            f"━━ {one.head}: {one.rows:,} rows with a label ━━" if one.head else "",
+            classifiers(one),
+            row_metrics(one),
+            leads(one),
+            calibration(one),
+            classes(one),
+            *(slice_table(name, values) for name, values in one.slices.items()),
+        ]
+    return "\n\n".join(part for part in [*parts, behaviours(report)] if part)
+
+
+def reports(report: EvalReport) -> list[EvalReport]:
+    """One for each head, the first first."""
+    return [report, *(EvalReport(**one) for one in report.others.values())]
+
+
+def calibration(report: EvalReport) -> str:
+    """What the temperature did; empty for a model without one."""
+    before = report.uncalibrated
+    if not before:
+        return ""
+    changes = [f"{HEADINGS[name]} {value:.3f} → {report.metrics[name]:.3f}" for name, value in before.items()]
+    return f"temperature {report.temperature:.2f}, fitted on the validation split: {', '.join(changes)}"
+
+
+def behaviours(report: EvalReport) -> str:
+    """Failure rates; empty where none were asked for."""
+    rows = [
+        [b["name"], b["kind"], b["what"], f"{b['cases']:,}", f"{b['failure_rate']:.1%}"]
+        for b in report.behaviours
     ]
-    return "\n\n".join(part for part in parts if part)
+    return table(["behaviour", "kind", "what", "cases", "failures"], rows) if rows else ""
 
 
 def classifiers(report: EvalReport) -> str:
@@ -68,7 +94,12 @@ def row_metrics(report: EvalReport) -> str:
 
 def own_metrics(report: EvalReport) -> list[str]:
     """Metrics of the task alone, beside those that every classifier has."""
-    return [key for key in report.metrics if key not in HEADINGS and key != "balanced_accuracy"]
+    heads = tuple(f"{head}/" for head in (report.head, *report.others) if head)
+    return [
+        key
+        for key in report.metrics
+        if key not in HEADINGS and key != "balanced_accuracy" and not key.startswith(heads)
+    ]
 
 
 def leads(report: EvalReport) -> str:

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lib import encoders, entities
 from lib.artifacts import TaskFile, check_model_directory
 from lib.base_models import base_directory
+from lib.calibration import fit_temperature
 from lib.encoders import IGNORED, load_tokenizer, save
 from lib.entities import OUTSIDE
 from lib.errors import ConfigError
@@ -240,7 +241,8 @@ def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> flo
 def loss(
     model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Weighted cross-entropy, summed over words; in evaluation `predicted` and `labels` [words], `words` [B] a row."""
+    """Weighted cross-entropy, summed over words; in evaluation `logits` [words, C] and `labels` [words],
+    `words` [B] a row."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
     weights = [balance[name] for name in classes(settings.data)]
     total, learning = encoders.loss(
@@ -250,22 +252,22 @@ def loss(
         return total, {}
     chosen = batch["labels"] != IGNORED
     return total, {
-        "predicted": logits.argmax(-1)[chosen].cpu().numpy(),
+        "logits": logits[chosen].cpu().numpy(),
         "labels": batch["labels"][chosen].cpu().numpy(),
         "words": chosen.sum(-1).cpu().numpy(),
-        "classes": np.full(1, logits.shape[-1]),
     }
 
 
 def metrics(outputs: Outputs) -> dict[str, float]:
-    """`accuracy` and `macro_f1` over words, `entity_f1` over entities of unnamed kinds.
+    """`accuracy`, `macro_f1` and the `temperature` that fits best over words, `entity_f1` over entities of
+    unnamed kinds.
 
     Classes are numbers here: B- and I- of kind k are 2k + 1 and 2k + 2.
     """
     from sklearn.metrics import f1_score
 
-    predicted, labels = outputs["predicted"], outputs["labels"]
-    number = int(outputs["classes"][0])
+    predicted, labels = outputs["logits"].argmax(-1), outputs["labels"]
+    number = outputs["logits"].shape[-1]
     names = entities.tag_names([str(k) for k in range((number - 1) // 2)])
     found = entities.score(
         _sentences(labels, outputs["words"], names), _sentences(predicted, outputs["words"], names)
@@ -276,6 +278,7 @@ def metrics(outputs: Outputs) -> dict[str, float]:
             f1_score(labels, predicted, labels=range(number), average="macro", zero_division=0)
         ),
         "entity_f1": found[""]["f1"],
+        "temperature": fit_temperature(outputs["logits"], labels),
     }
 
 
@@ -344,7 +347,7 @@ def answers(
     logits: np.ndarray,
 ) -> list[Answer]:
     """Logits [W, C] of all texts' words as entities with their places."""
-    probabilities = encoders.softmax(logits)
+    probabilities = encoders.softmax(logits / predictor.info.temperature)
     best = probabilities.argmax(-1)
     results, start = [], 0
     for given, (words, places) in zip(inputs, texts, strict=True):
@@ -381,7 +384,7 @@ NOT_CARRIED = ("id", "tokens", "tags", "input_ids", "labels", "truncated")
 
 
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
-    """`logits` [W, C] for the words of rows of a dataset, by the model's own tokeniser."""
+    """`logits` [W, C], before the temperature, for the words of rows of a dataset, by the model's own tokeniser."""
     reading = _read(predictor, rows["tokens"].to_pylist())
     return {"logits": class_logits(predictor, reading, predictor.encoder.logits(reading.rows))}
 

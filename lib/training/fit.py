@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 import ray.data
+import yaml
 from ray.train import (
     CheckpointConfig,
     FailureConfig,
@@ -38,6 +39,9 @@ from lib.training.dropout import plain_attention
 from lib.training.restore import restore
 from lib.training.trainer import Trainer
 
+PARTS = "parts.json"
+"""In the `model` folder of a multitask run: part → the run that holds its model."""
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -55,7 +59,7 @@ def fit(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Fit:
     result = train(settings, dataset, run)
     if not storage.published(run.ref.model_uri):  # a driver may be killed between here and the next line
         # From worst to best; the latest is there too and need not be the best.
-        export(settings, dataset, run.ref, result.best_checkpoints[-1][0])
+        export(settings, dataset, run.ref, result.best_checkpoints[-1][0], result.return_value["best"])
     storage.remove(run.ref.checkpoints_uri)
     return Fit(run.ref.model_uri, result.return_value)
 
@@ -185,20 +189,59 @@ def _trainer(
     )
 
 
-def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any) -> None:
-    """Publish a model directory that plain transformers reads, and the adapter beside it when there is one."""
+def export(
+    settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any, best: dict[str, float]
+) -> None:
+    """Publish a model directory that plain transformers reads, and the adapter beside it when there is one.
+    `best` is what was measured of the checkpoint."""
     task, base = load_task(settings.task), base_directory(settings.model.base)
     with checkpoint.as_directory() as folder:
         model = restore(task.build(base, settings), base, settings.training, Path(folder), run.adapter_uri)
     plain_attention(model)
-    info = TaskFile(
+    if settings.data.parts:
+        export_parts(settings, dataset, run, model, best)
+        return
+    with storage.publish(run.model_uri) as folder:
+        task.save(model, base, task_file(settings, dataset.fingerprint, best), folder)
+
+
+def export_parts(
+    settings: Settings, dataset: DatasetRef, run: RunRef, model: Any, best: dict[str, float]
+) -> None:
+    """Each part of a multitask run as a finished run of its own, and under the run's `model` what leads to them:
+    a configuration for each part, which every later job takes."""
+    base, made = base_directory(settings.model.base), dataset.manifest()["parts"]
+    runs, configs = {}, {}
+    for name in settings.data.parts:
+        own, prefix = settings.part(name), f"{name}/"
+        measured = {key.removeprefix(prefix): v for key, v in best.items() if key.startswith(prefix)}
+        with tracking.start_run("finetune", own) as part:
+            part.tag(dataset=made[name], part_of=run.id)
+            part.log_metrics({f"best/{key}": value for key, value in measured.items()})
+            with storage.publish(part.ref.model_uri) as folder:
+                info = task_file(own, made[name], measured)
+                load_task(own.task).save(model.alone(name, base, settings), base, info, folder)
+        runs[name] = part.ref.id
+        configs[name] = yaml.safe_dump(own.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+    with storage.publish(run.model_uri) as folder:
+        storage.write_json(str(folder / PARTS), runs)
+        for name, text in configs.items():
+            (folder / f"{name}.yaml").write_text(text)
+
+
+def task_file(settings: Settings, dataset: str, best: dict[str, float]) -> TaskFile:
+    """task.json of a model that was trained on the dataset of this fingerprint."""
+    return TaskFile(
         task=settings.task,
-        labels=task.classes(settings.data),
+        labels=load_task(settings.task).classes(settings.data),
         max_length=settings.model.max_length,
         base=settings.model.base,
-        dataset=dataset.fingerprint,
+        dataset=dataset,
         case_markers=settings.model.case_markers,
         chat_template=settings.model.chat_template,
+        temperature=best.get("temperature", 1.0),
+        heads={
+            name: {"labels": head.label_names, "temperature": best.get(f"{name}/temperature", 1.0)}
+            for name, head in settings.data.heads.items()
+        },
     )
-    with storage.publish(run.model_uri) as folder:
-        task.save(model, base, info, folder)

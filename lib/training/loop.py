@@ -320,7 +320,9 @@ class Loop:
         gathered: list[Any] = [None] * self.world
         dist.all_gather_object(gathered, outputs)
         joined = [part for worker in gathered for part in worker]
-        merged = {key: np.concatenate([part[key] for part in joined]) for key in joined[0]}
+        # A batch of several data sets may hold no row of one of them, and then no output of it.
+        keys = dict.fromkeys(key for part in joined for key in part)
+        merged = {key: np.concatenate([part[key] for part in joined if key in part]) for key in keys}
         total = self._sum(sums)
         return {"loss": float(total[0] / total[1]), **self.task.metrics(merged)}
 

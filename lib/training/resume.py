@@ -77,7 +77,12 @@ def differences(there: Settings, here: Settings) -> list[str]:
     for key in ("name", "task", "model", "training"):
         left, right = (s.model_dump(mode="json")[key] for s in (there, here))
         found += _differences(key, left, right)
-    return found
+    weights = [
+        {name: head.model_dump(mode="json") for name, head in s.data.heads.items()}
+        | {name: part.weight for name, part in s.data.parts.items()}
+        for s in (there, here)
+    ]
+    return found + _differences("data", *weights)
 
 
 def _differences(key: str, left: Any, right: Any) -> list[str]:

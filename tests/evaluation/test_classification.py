@@ -67,10 +67,19 @@ def test_labels_that_one_side_lacks():
 
 def test_lead_over_another_model_on_the_same_rows(measured):
     better = make_measured("5678", "0123456789abcdef", right=0.9)
-    value, low, high = lead(better, measured, 200)
-    assert value == pytest.approx(better.report.metrics["macro_f1"] - measured.report.metrics["macro_f1"])
-    assert 0 < low < value < high
-    assert lead(better, measured, 0) == [value]
+    ahead = lead(better, measured, 200)
+    assert ahead.macro_f1 == pytest.approx(
+        better.report.metrics["macro_f1"] - measured.report.metrics["macro_f1"]
+    )
+    assert 0 < ahead.interval[0] < ahead.macro_f1 < ahead.interval[1]
+    assert (ahead.only_ours, ahead.only_theirs) == (40, 0)
+    assert ahead.p is not None
+    assert ahead.p < 0.05
+    assert ahead.mcnemar_p == pytest.approx(2 * 0.5**40)
+    assert "p 0.0" in str(ahead)
+    without = lead(better, measured, 0)
+    assert (without.interval, without.p) == ([], None)
+    assert lead(measured, measured, 50).p == 1
 
 
 def test_lead_on_different_rows_is_refused(measured):

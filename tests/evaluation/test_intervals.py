@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
-from lib.evaluation.intervals import bootstrap_macro_f1, interval
+from lib.evaluation.intervals import bootstrap_macro_f1, interval, mcnemar, p_value
 
 
 @pytest.fixture
@@ -56,3 +58,32 @@ def test_many_classes_are_drawn_in_parts(answers, monkeypatch):
     labels, predicted = answers
     monkeypatch.setattr("lib.evaluation.intervals.CELLS_AT_ONCE", 100)
     assert len(bootstrap_macro_f1(labels, predicted, 3, 37)["good"]) == 37
+
+
+def test_mcnemar_is_the_binomial_test_of_the_rows_that_differ():
+    ours = np.array([True] * 8 + [False] * 2 + [True] * 50 + [False] * 5)
+    theirs = np.array([False] * 8 + [True] * 2 + [True] * 50 + [False] * 5)
+    won, lost, p = mcnemar(ours, theirs)
+    assert (won, lost) == (8, 2)
+    assert p == pytest.approx(2 * sum(math.comb(10, k) for k in (0, 1, 2)) / 2**10)
+    assert mcnemar(ours, ours) == (0, 0, 1.0)
+
+
+def test_p_of_equal_models_is_spread_evenly_and_of_a_better_one_is_small():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 300)
+    chances = []
+    for seed in range(200):
+        drawn = np.random.default_rng(seed)
+        right = {name: drawn.random(300) < 0.8 for name in ("a", "b")}
+        predicted = {name: np.where(hit, labels, 1 - labels) for name, hit in right.items()}
+        scores = bootstrap_macro_f1(labels, predicted, 2, 200, seed)
+        chances.append(p_value(scores["a"] - scores["b"]))
+    assert 0.01 < np.mean(np.array(chances) < 0.05) < 0.12
+    better = {
+        "a": np.where(random.random(300) < 0.9, labels, 1 - labels),
+        "b": np.where(random.random(300) < 0.7, labels, 1 - labels),
+    }
+    scores = bootstrap_macro_f1(labels, better, 2, 999)
+    assert p_value(scores["a"] - scores["b"]) < 0.01
+    assert p_value(scores["b"] - scores["a"]) < 0.01

@@ -49,7 +49,7 @@ def test_collate_pads_to_the_longest(tiny_base: Path) -> None:
     assert batch["input_ids"].shape == batch["attention_mask"].shape
     assert batch["attention_mask"].sum(1).tolist() == rows["length"].to_pylist()[:2]
     assert batch["input_ids"][batch["attention_mask"] == 0].unique().tolist() in ([0], [])
-    assert batch["labels"].tolist() == [0, 2]
+    assert batch["labels"].tolist() == [[0], [2]]
 
 
 def test_loss_is_a_sum_so_that_batches_add_up(tiny_base: Path) -> None:

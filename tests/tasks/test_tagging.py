@@ -156,7 +156,7 @@ def test_metrics_are_those_of_words_and_of_entities() -> None:
     labels = np.array([1, 2, 0, 3, 0])
     predicted = np.array([1, 0, 0, 3, 0])
     found = tagging.metrics(
-        {"labels": labels, "predicted": predicted, "words": np.array([3, 2]), "classes": np.array([5])}
+        {"labels": labels, "logits": np.eye(5, dtype=np.float32)[predicted], "words": np.array([3, 2])}
     )
     assert found["accuracy"] == pytest.approx(0.8)
     assert found["entity_f1"] == pytest.approx(0.5)
