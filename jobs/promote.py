@@ -15,22 +15,25 @@ import sys
 from lib import registry, storage, tracking
 from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
+from lib.direction import lower_is_better
 from lib.errors import ConfigError, GateError, nearest
+from lib.evaluation import before_after, chat
 from lib.evaluation import report as files
+from lib.evaluation.chat import MAY_DECIDE
 from lib.evaluation.classification import Measured, Subject, lead, measure
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
 from lib.evaluation.text import table
 from lib.registry import CANDIDATE, CHAMPION, Condition
 from lib.settings import Settings
+from lib.tasks import judged
 
 
 def promote(settings: Settings) -> None:
-    metric = settings.promotion.metric
-    if metric not in DECIDING:
-        known = ", ".join(DECIDING)
+    metric, known = settings.promotion.metric, MAY_DECIDE if answers(settings.task) else DECIDING
+    if metric is not None and metric not in known:
         raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, DECIDING)} (known: {known})"
+            f"promotion.metric: {metric!r} cannot decide{nearest(metric, known)} (known: {', '.join(known)})"
         )
     run = tracking.find_run(settings, "finetune", settings.promotion.run, tag="evaluated")
     if run.ref.name != settings.name:
@@ -61,7 +64,7 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
     conditions = registry.gate(candidate.report, rival.report if rival else None, settings.promotion)
     print(f"\n{gate_table(conditions)}\n")
     if rival:
-        print(f"macro-F1 above {present}: {shown(lead(candidate, rival, settings.evaluation.bootstrap))}")
+        print(f"{ahead(candidate, rival, present, settings)}")
     held = all(condition.holds for condition in conditions)
     if held and not registry.crown(ref, instead_of=present):
         return False
@@ -98,14 +101,31 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
     with registry.open_version(present):
         info = read_task(present.uri)
     connect()
-    scored = score(present.uri, DatasetRef(report.name, report.dataset), "test", settings)
+    dataset = DatasetRef(report.name, report.dataset)
     subject = Subject(present.name, lineage["run"], info.task, report.dataset, report.labels)
+    if answers(info.task):
+        return before_after.measure(subject, present.uri, dataset, settings)
+    scored = score(present.uri, dataset, "test", settings)
     return measure(subject, scored, {}, settings.evaluation)
+
+
+def answers(task: str) -> bool:
+    return judged(task) == "answers"
+
+
+def ahead(candidate: Measured, rival: Measured, present: ModelRef | None, settings: Settings) -> str:
+    """How far the candidate is ahead of the present champion, in a line."""
+    resamples = settings.evaluation.bootstrap
+    if not answers(candidate.report.task):
+        return f"macro-F1 above {present}: {shown(lead(candidate, rival, resamples))}"
+    metric = settings.promotion.metric or candidate.report.deciding
+    side = "lower is better" if lower_is_better(metric) else "higher is better"
+    return f"{metric} beside {present} ({side}): {shown(chat.lead(candidate, rival, resamples, metric))}"
 
 
 def gate_table(conditions: list[Condition]) -> str:
     return table(
-        ["gate", "candidate", "must be above", "holds"],
+        ["gate", "candidate", "must pass", "holds"],
         [[c.what, f"{c.value:.4f}", f"{c.threshold:.4f}", "yes" if c.holds else "NO"] for c in conditions],
     )
 

@@ -8,6 +8,7 @@ nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -328,6 +329,58 @@ class TuningSettings(Section):
         return value
 
 
+REFUSALS = [
+    r"^\W*(i'?m|i am|we'?re|we are) (very |so |really )?(sorry|afraid)\b",
+    r"\b(i|we) (can'?t|cannot|can not|won'?t|will not|am unable to|'?m unable to|are unable to|'?m not able to|"
+    r"am not able to) (help|assist|provide|answer|do|discuss|comply|fulfil|respond|offer|give|share|engage)\b",
+    r"\bas an? (ai|artificial intelligence|(large )?language model)\b",
+    r"\bi (do not|don'?t) have (access|the ability|enough information|personal|information)\b",
+]
+"""Openings and phrases by which English models decline; apostrophes may be missing."""
+
+
+class JudgeSettings(Section):
+    """A model behind an OpenAI-compatible endpoint that compares answers, each pair in both orders."""
+
+    url: str
+    """Up to and with the version, such as http://127.0.0.1:8000/v1."""
+    model: str
+    key_variable: str = "WHORL_JUDGE_KEY"
+    """Environment variable that holds the key; empty for an endpoint that wants none."""
+    pairs: Positive = 100
+    """Generated answers that are judged at most."""
+    concurrency: Positive = 4
+    max_tokens: Positive = 512
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+
+
+class AnswerSettings(Section):
+    """How generated answers are measured: chat alone reads it."""
+
+    dialogues: Positive = 200
+    """Test dialogues, evenly spaced, whose last answer is generated. Perplexity is over all of the split."""
+    max_new_tokens: Positive = 128
+    batch: Positive = 16
+    """Dialogues that are generated at a time, their prompts padded on the left."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: probabilities in fp32, answers in bf16 where the processor or GPU has it."""
+    refusals: list[str] = REFUSALS
+    """Regular expressions, matched without regard to case: an answer that has one counts as a refusal."""
+    shown: Positive = 20
+    """Conversations on the report's page."""
+    judge: JudgeSettings | None = None
+
+    @field_validator("refusals")
+    @classmethod
+    def _refusals(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return value
+
+
 class EvaluationSettings(Section):
     """How a run's model is measured on the test split (`jobs.evaluate`)."""
 
@@ -341,6 +394,7 @@ class EvaluationSettings(Section):
     """Actors that score the test split, each with the engine that `serving` chooses."""
     baseline_rows: Positive = 200_000
     """Training rows, evenly spaced, that the TF-IDF baseline is fitted on at most."""
+    answers: AnswerSettings = AnswerSettings()
 
 
 class PromotionSettings(Section):
@@ -348,9 +402,10 @@ class PromotionSettings(Section):
 
     run: str | None = None
     """Run id; None takes the latest evaluated run of this name."""
-    metric: str = "macro_f1"
+    metric: str | None = None
+    """None: the one that decided the evaluation: `macro_f1`, for chat `perplexity`."""
     min_gain: Annotated[float, Field(ge=0)] = 0.0
-    """How far above each baseline and the present champion the metric must be."""
+    """How much better than each baseline and the present champion the metric must be."""
     require: bool = False
     """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
 

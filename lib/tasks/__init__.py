@@ -130,6 +130,11 @@ class Task(Protocol):
         """One answer beside the truth, in a line for people."""
 
 
+def judged(name: str) -> Literal["classes", "answers"]:
+    """What a task's models are judged by: the classes that they choose, or the answers that they write (`JUDGED`)."""
+    return getattr(load_task(name), "JUDGED", "classes")
+
+
 def load_task(name: str) -> Task:
     """The task of this name. Raises ConfigError with the nearest known one."""
     known = task_names()

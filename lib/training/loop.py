@@ -27,6 +27,7 @@ from ray.train.v2._internal.execution import context
 from lib import tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.base_models import base_directory
+from lib.direction import gain
 from lib.errors import ConfigError
 from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
@@ -269,8 +270,8 @@ class Loop:
         best = self.state.best
         if not metrics or not best:
             return True
-        gain = metrics[self.training.metric] - best[self.training.metric]
-        return (-gain if self.training.metric == "loss" else gain) > self.training.min_delta
+        name = self.training.metric
+        return gain(name, metrics[name], than=best[name]) > self.training.min_delta
 
     def _save(self, best: bool) -> None:
         self.own.random = checkpoints.random_state()

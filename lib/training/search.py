@@ -23,6 +23,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef
+from lib.direction import lower_is_better
 from lib.errors import ConfigError, unwrap
 from lib.settings import Dimension, Settings, override
 from lib.training.fit import check_resources, train
@@ -83,7 +84,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """
     check_resources(settings)
     concurrent = settings.tuning.concurrency or room(settings, ray.cluster_resources())
-    lower = settings.training.metric == "loss"
+    lower = lower_is_better(settings.training.metric)
     path = storage.join(run.ref.uri, "search")
     trainable = tune.with_resources(
         tune.with_parameters(
