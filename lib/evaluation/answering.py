@@ -65,6 +65,7 @@ class Answerer:
         self.model_uri, self.tokenizer_uri = model, tokenizer
         self.settings, self.threads = settings, threads
         self.loaded: tuple[Any, Any] | None = None
+        self.ends: list[int] = []
         self.shard: tuple[str, pa.Table] | None = None
 
     def score(self, part: Part) -> pa.Table:
@@ -98,7 +99,11 @@ class Answerer:
             model.to(kind)
         began = time.perf_counter()
         answers = generate(
-            model, tokenizer, [p.tokens for p in prompts], self.settings.evaluation.answers.max_new_tokens
+            model,
+            tokenizer,
+            [p.tokens for p in prompts],
+            self.settings.evaluation.answers.max_new_tokens,
+            self.ends,
         )
         seconds = time.perf_counter() - began
         table = pa.table(
@@ -121,6 +126,7 @@ class Answerer:
             trust = self.settings.model.trust_remote_code
             with storage.local_copy(self.tokenizer_uri) as folder:
                 tokenizer = load_tokenizer(folder)
+                own = generation_ends(folder)
             if self.model_uri == self.tokenizer_uri or storage.published(self.model_uri):
                 with storage.local_copy(self.model_uri) as folder:
                     model = load_model(folder, kind, trust)
@@ -128,6 +134,7 @@ class Answerer:
                 model = load_model(base_directory(self.model_uri), kind, trust)
             if torch.cuda.is_available() and self.settings.serving.gpus_per_replica:
                 model.to("cuda")
+            self.ends = end_tokens(model, tokenizer, own)
             self.loaded = (model, tokenizer)
         return self.loaded
 
@@ -195,7 +202,7 @@ def score_rows(
 
 
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], most: int
+    model: Any, tokenizer: Any, prompts: Sequence[np.ndarray], most: int, ends: list[int]
 ) -> list[tuple[str, int, bool]]:
     """A greedy answer to each prompt: its text, its tokens without the end mark, whether `most` cut it off.
 
@@ -205,7 +212,6 @@ def generate(
     import torch
     from transformers import GenerationConfig
 
-    ends = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     config = GenerationConfig(
         do_sample=False, max_new_tokens=most, eos_token_id=ends, pad_token_id=pad, use_cache=True
@@ -226,12 +232,22 @@ def generate(
     return answers
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer, of the tokeniser and of the model's configuration.
+def generation_ends(folder: Any) -> Any:
+    """The end tokens that a model directory's generation_config names: a number, a list, or None."""
+    from transformers import GenerationConfig
 
-    Raises ModelError when neither names one.
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder).eos_token_id
+
+
+def end_tokens(model: Any, tokenizer: Any, also: Any = None) -> list[int]:
+    """Every token that ends an answer: of the tokeniser, of the model's configuration, and `also`.
+
+    The base does not know the end that fine-tuning taught; both are cut at the same tokens. Raises ModelError when
+    nothing names one.
     """
-    named = [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id]
+    named = [tokenizer.eos_token_id, model.config.eos_token_id, model.generation_config.eos_token_id, also]
     ends = {int(i) for one in named if one is not None for i in (one if isinstance(one, list) else [one])}
     if not ends:
         raise ModelError(
