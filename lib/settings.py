@@ -40,6 +40,11 @@ RESERVED_COLUMNS = {
     "tags",
     "input_ids",
     "labels",
+    "rejected_messages",
+    "rejected_input_ids",
+    "rejected_labels",
+    "reference_chosen",
+    "reference_rejected",
     "length",
     "truncated",
     "row",
@@ -79,6 +84,11 @@ class Columns(Section):
     question: str = "question"
     """chat, in pairs: what the user says, and the `answer`."""
     answer: str = "answer"
+    prompt: str = "prompt"
+    """preference: what is asked, a text or a list of messages; not needed where the answers are whole dialogues."""
+    chosen: str = "chosen"
+    """preference: the better answer, a text or a list of messages; `rejected` the other."""
+    rejected: str = "rejected"
     system: str = "system"
     """chat, in pairs and Alpaca's form: the system message, where a source has one."""
 
@@ -217,6 +227,19 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
 
 
+class PreferenceSettings(Section):
+    """Direct preference optimisation (`lib.tasks.preference`)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to its base: the larger, the closer it stays."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that is taken to be the wrong way round (conservative DPO, Mitchell 2023)."""
+    length_normalised: bool = False
+    """Compare log-probabilities per token instead of per answer."""
+    sft: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood beside the loss (Pang et al. 2024)."""
+
+
 class TrainingSettings(Section):
     """From a dataset to a model (`jobs.finetune`): Ray Train workers, each with a DeepSpeed engine."""
 
@@ -247,6 +270,7 @@ class TrainingSettings(Section):
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
     """balanced: rows / (classes · rows of the class), or a weight for each label."""
     label_smoothing: Share = 0.0
+    preference: PreferenceSettings = PreferenceSettings()
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
     metric: str = "macro_f1"

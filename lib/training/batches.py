@@ -21,7 +21,7 @@ from lib import storage
 
 Indices = NDArray[np.int64]
 # Columns that only evaluation reads.
-NOT_TRAINED = ("id", "text", "tokens", "tags", "messages")
+NOT_TRAINED = ("id", "text", "tokens", "tags", "messages", "rejected_messages")
 
 
 @dataclass(frozen=True)

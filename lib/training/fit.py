@@ -32,7 +32,7 @@ from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
 from lib.tasks import load_task
-from lib.training import checkpoints, loop, windows
+from lib.training import checkpoints, loop, reference, windows
 from lib.training.dropout import plain_attention
 
 
@@ -75,6 +75,8 @@ def train(
             f"dataset {dataset.name}/{dataset.fingerprint} has {manifest['splits']['train']['rows']} training "
             f"rows for {settings.training.most_workers} workers; give it more rows or lower training.workers"
         )
+    if reference.wanted(settings):
+        dataset = reference.with_reference(settings, dataset)
     checkpoints.mend_record(checkpoints.run_folder(run.ref))
     try:
         return _trainer(settings, dataset, run.ref, callbacks).fit()
