@@ -102,7 +102,7 @@ def test_before_and_after(settings: Settings, ray_cluster: None, server: Server,
             a for a, o in zip(answers, ours, strict=True) if o is not None
         ]
     assert report.metrics["perplexity"] < 2 < report.baselines["base"]["perplexity"]
-    assert report.metrics["rouge_l"] > 0.9 > report.baselines["base"]["rouge_l"]
+    assert report.metrics["rouge_l"] > 0.5 > report.baselines["base"]["rouge_l"]
     assert report.metrics["cut"] == 0
     assert report.baselines["base"]["cut"] > 0
     # Topics decide the answer, and the nearest question mostly has the same.
