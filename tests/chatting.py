@@ -52,7 +52,7 @@ def make_dataset(settings: Settings, rows: int = 24, fingerprint: str = "0123456
             topics = [str(random.choice(list(GOOD))) for _ in range(rows)]
             asked = [f"{' '.join(random.choice(WORDS, 3))} {topic}?" for topic in topics]
             if split == "test":
-                asked[0] = f"{MARKUP} {asked[0]}"
+                asked[::3] = [f"{MARKUP} {question}" for question in asked[::3]]
             chosen = [
                 [_said("user", q), _said("assistant", GOOD[t])] for q, t in zip(asked, topics, strict=True)
             ]

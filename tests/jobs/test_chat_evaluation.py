@@ -73,6 +73,8 @@ def alone(folder: Path, tokenizer: Path, rows: list[dict], most: int) -> tuple[f
     return loss, tokens, answers
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_before_and_after(settings: Settings, ray_cluster: None, server: Server, capsys) -> None:
     judge = {"url": server.url, "model": "umpire", "pairs": 6}
     asked = override(
