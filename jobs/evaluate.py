@@ -1,8 +1,9 @@
-"""Measure a run's model on the test split, beside two baselines computed in the same command.
+"""Measure a run's model on the test split, beside baselines computed in the same command.
 
     python -m jobs.evaluate --config jobs/configs/reviews.yaml [--evaluation.run RUN_ID ...]
 
-Takes the latest finished fine-tuning run of this name, or the one given. Writes report.json, report.html,
+Takes the latest finished fine-tuning run of this name, or the one given. A classifier is held against two
+baselines, a chat model against its base before fine-tuning and against looked-up answers. Writes report.json, report.html,
 the figures and every prediction under runs/RUN_ID/evaluation in storage, and metrics and figures to the
 tracking database.
 """
@@ -19,12 +20,14 @@ from lib import heads, storage, tracking
 from lib.artifacts import DatasetRef, EvalReport
 from lib.command import connect, main
 from lib.errors import ConfigError, RegistryError
-from lib.evaluation import behaviours, text
+from lib.evaluation import behaviours, chat_report, text
 from lib.evaluation import report as files
-from lib.evaluation.classification import Subject
+from lib.evaluation.before_after import measure as measure_answers
+from lib.evaluation.classification import Measured, Subject
 from lib.evaluation.scoring import read_task, score, scorers, start_baselines
 from lib.evaluation.several import measure_heads
 from lib.settings import Settings
+from lib.tasks import judged
 
 PART_CONFIGS = "jobs.finetune told where: runs/RUN_ID/model/PART.yaml"
 # What MLflow allows in the name of a metric.
@@ -42,26 +45,20 @@ def evaluate(settings: Settings) -> None:
     info = read_task(run.ref.model_uri)
     dataset = DatasetRef(run.ref.name, info.dataset)
     manifest = dataset.manifest()
-    labels = {head.name: head.labels for head in heads.of_manifest(manifest)}
     subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, [])
     connect()
-    import ray
-
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
-    baselines = start_baselines(info.task, dataset, settings.evaluation)
-    pool = scorers(run.ref.model_uri, settings)
-    cases = behaviours.prepare(settings.evaluation.behaviours, dataset, info)
-    scored = score(run.ref.model_uri, dataset, "test", settings, pool)
-    behaved = behaviours.measure(cases, pool, info)
-    print("waiting for the baselines")
-    measured = measure_heads(subject, labels, scored, ray.get(baselines), settings.evaluation)
-    measured = replace(measured, report=replace(measured.report, behaviours=behaved))
+    answers = judged(info.task) == "answers"
+    of_kind = measure_answers if answers else measure_classes
+    measured = of_kind(subject, run.ref.model_uri, dataset, settings)
+    pages = chat_report if answers else files
     # The report of an earlier evaluation of the same run gives way to this one.
     with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
-        files.write(measured, folder)
+        pages.write(measured, folder)
     record(run, measured.report)
-    print(f"\n{text.render(measured.report)}\n")
+    shown = chat_report.render(measured.report) if answers else text.render(measured.report)
+    print(f"\n{shown}\n")
     print(
         f"{manifest['splits']['test']['rows']:,} rows and the baselines in {time.perf_counter() - began:.0f} s"
     )
@@ -71,13 +68,30 @@ def evaluate(settings: Settings) -> None:
     print(f"next    python -m jobs.promote {shlex.join(sys.argv[1:])}{choice}")
 
 
+def measure_classes(subject: Subject, model_uri: str, dataset: DatasetRef, settings: Settings) -> Measured:
+    """A classifier beside its baselines, which are fitted while it is loaded and run."""
+    import ray
+
+    info = read_task(model_uri)
+    labels = {head.name: head.labels for head in heads.of_manifest(dataset.manifest())}
+    baselines = start_baselines(subject.task, dataset, settings.evaluation)
+    pool = scorers(model_uri, settings)
+    cases = behaviours.prepare(settings.evaluation.behaviours, dataset, info)
+    scored = score(model_uri, dataset, "test", settings, pool)
+    behaved = behaviours.measure(cases, pool, info)
+    print("waiting for the baselines")
+    measured = measure_heads(subject, labels, scored, ray.get(baselines), settings.evaluation)
+    return replace(measured, report=replace(measured.report, behaviours=behaved))
+
+
 def record(run: tracking.Run, report: EvalReport) -> None:
     """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
     values = {f"test/{METRIC_SAFE.sub('_', name)}": value for name, value in report.metrics.items()}
     for one in text.reports(report):
         for baseline, figures in one.baselines.items():
             inside = f"test/{one.head}/{baseline}" if one.head else f"test/{baseline}"
-            values |= {f"{inside}/{name}": figures[name] for name in ("macro_f1", "accuracy")}
+            shown = (report.deciding, *(figures if report.answers else ("macro_f1", "accuracy")))
+            values |= {f"{inside}/{name}": figures[name] for name in shown if name in figures}
         for label, figures in one.per_class.items():
             title = f"{one.head}/{METRIC_SAFE.sub('_', label)}" if one.head else METRIC_SAFE.sub("_", label)
             values[f"test/f1/{title}"] = figures["f1"]

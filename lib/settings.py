@@ -41,6 +41,11 @@ RESERVED_COLUMNS = {
     "tags",
     "input_ids",
     "labels",
+    "rejected_messages",
+    "rejected_input_ids",
+    "rejected_labels",
+    "reference_chosen",
+    "reference_rejected",
     "length",
     "truncated",
     "row",
@@ -80,6 +85,11 @@ class Columns(Section):
     question: str = "question"
     """chat, in pairs: what the user says, and the `answer`."""
     answer: str = "answer"
+    prompt: str = "prompt"
+    """preference: what is asked, a text or a list of messages; not needed where the answers are whole dialogues."""
+    chosen: str = "chosen"
+    """preference: the better answer, a text or a list of messages; `rejected` the other."""
+    rejected: str = "rejected"
     system: str = "system"
     """chat, in pairs and Alpaca's form: the system message, where a source has one."""
 
@@ -303,6 +313,19 @@ class AdapterSettings(Section):
     """Names of the modules that get an adapter, such as `[query, value]`; all-linear: every linear map of the layers."""
 
 
+class PreferenceSettings(Section):
+    """Direct preference optimisation (`lib.tasks.preference`)."""
+
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    """How strongly the model is held to its base: the larger, the closer it stays."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs that is taken to be the wrong way round (conservative DPO, Mitchell 2023)."""
+    length_normalised: bool = False
+    """Compare log-probabilities per token instead of per answer."""
+    sft: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood beside the loss (Pang et al. 2024)."""
+
+
 class TrainingSettings(Section):
     """From a dataset to a model (`jobs.finetune`): Ray Train workers, each with a DeepSpeed engine."""
 
@@ -353,6 +376,7 @@ class TrainingSettings(Section):
     class_weights: ClassWeights = "none"
     """balanced: rows / (classes · rows of the class), or a weight for each label."""
     label_smoothing: Share = 0.0
+    preference: PreferenceSettings = PreferenceSettings()
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
     metric: str | None = None
@@ -545,6 +569,58 @@ class Behaviour(Section):
         )
 
 
+REFUSALS = [
+    r"^\W*(i'?m|i am|we'?re|we are) (very |so |really )?(sorry|afraid)\b",
+    r"\b(i|we) (can'?t|cannot|can not|won'?t|will not|am unable to|'?m unable to|are unable to|'?m not able to|"
+    r"am not able to) (help|assist|provide|answer|do|discuss|comply|fulfil|respond|offer|give|share|engage)\b",
+    r"\bas an? (ai|artificial intelligence|(large )?language model)\b",
+    r"\bi (do not|don'?t) have (access|the ability|enough information|personal|information)\b",
+]
+"""Openings and phrases by which English models decline; apostrophes may be missing."""
+
+
+class JudgeSettings(Section):
+    """A model behind an OpenAI-compatible endpoint that compares answers, each pair in both orders."""
+
+    url: str
+    """Up to and with the version, such as http://127.0.0.1:8000/v1."""
+    model: str
+    key_variable: str = "WHORL_JUDGE_KEY"
+    """Environment variable that holds the key; empty for an endpoint that wants none."""
+    pairs: Positive = 100
+    """Generated answers that are judged at most."""
+    concurrency: Positive = 4
+    max_tokens: Positive = 512
+    timeout_s: Annotated[float, Field(gt=0)] = 120
+
+
+class AnswerSettings(Section):
+    """How generated answers are measured: chat alone reads it."""
+
+    dialogues: Positive = 200
+    """Test dialogues, evenly spaced, whose last answer is generated. Perplexity is over all of the split."""
+    max_new_tokens: Positive = 128
+    batch: Positive = 16
+    """Dialogues that are generated at a time, their prompts padded on the left."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: probabilities in fp32, answers in bf16 where the processor or GPU has it."""
+    refusals: list[str] = REFUSALS
+    """Regular expressions, matched without regard to case: an answer that has one counts as a refusal."""
+    shown: Positive = 20
+    """Conversations on the report's page."""
+    judge: JudgeSettings | None = None
+
+    @field_validator("refusals")
+    @classmethod
+    def _refusals(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression ({error})") from None
+        return value
+
+
 class EvaluationSettings(Section):
     """How a run's model is measured on the test split (`jobs.evaluate`)."""
 
@@ -560,6 +636,7 @@ class EvaluationSettings(Section):
     """Training rows, evenly spaced, that the TF-IDF baseline is fitted on at most."""
     behaviours: list[Behaviour] = []
     """What an answer must and must not depend on."""
+    answers: AnswerSettings = AnswerSettings()
 
 
 class PromotionSettings(Section):
@@ -567,9 +644,10 @@ class PromotionSettings(Section):
 
     run: str | None = None
     """Run id; None takes the latest evaluated run of this name."""
-    metric: str = "macro_f1"
+    metric: str | None = None
+    """None: the one that decided the evaluation: `macro_f1`, for chat `perplexity`."""
     min_gain: Annotated[float, Field(ge=0)] = 0.0
-    """How far above each baseline and the present champion the metric must be."""
+    """How much better than each baseline and the present champion the metric must be."""
     behaviours: dict[str, Share] = {}
     """Behaviour of `evaluation.behaviours` → the largest share of its cases that may fail."""
     require: bool = False

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from lib import storage
+from lib.data import preferences
 from lib.errors import ConfigError, DataError, nearest
 from lib.samples import is_sample, sample_path
 
@@ -92,7 +93,11 @@ def find_files(
 
 
 def _files_of(source: str, kind: str, split: str | None, key: str) -> list[SourceFile]:
-    uris = storage.find(str(sample_path(source, "data")) if is_sample(source) else source)
+    if preferences.is_made(source):
+        source_uri = preferences.made(source)
+    else:
+        source_uri = str(sample_path(source, "data")) if is_sample(source) else source
+    uris = storage.find(source_uri)
     if not uris:
         raise ConfigError(f"data.{key}: {_why_nothing(source)}")
     if kind == "auto":

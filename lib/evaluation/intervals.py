@@ -1,4 +1,4 @@
-"""How sure a macro-F1 is: percentile bootstrap over the rows of the test split, paired between models.
+"""How sure a figure is: percentile bootstrap over the rows of the test split, paired between models.
 
 Resampling rows with replacement only changes how often each combination of (true label, prediction of
 each model) occurs, and those counts are multinomial. So whole resamples are drawn as counts of the few
@@ -6,9 +6,14 @@ combinations there are: exact, and independent of the number of rows.
 
 Words of one sentence are right or wrong together, so where items lie in rows it is the rows that are drawn
 (a cluster bootstrap: Field and Welsh 2007); drawing words would make the interval too narrow.
+
+Figures of answers are functions of sums over rows (`bootstrap_sums`): a mean, a perplexity, a corpus chrF.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -65,6 +70,37 @@ def _bootstrap_groups(
         for name, table in tables.items():
             confusions = np.asarray(table.T.dot(drawn.T)).T.reshape(-1, classes, classes)
             scores[name].append(macro_f1(confusions.astype(np.int64)))
+    return {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in scores.items()}
+
+
+@dataclass(frozen=True)
+class Additive:
+    """A figure that is computed from sums over rows."""
+
+    values: Floats
+    """[N, K]: what each row adds."""
+    figure: Callable[[Floats], Floats]
+    """Sums [..., K] → figures [...]."""
+
+    @property
+    def value(self) -> float:
+        """The figure over all rows."""
+        return float(self.figure(self.values.sum(0)))
+
+
+def bootstrap_sums(figures: Mapping[str, Additive], resamples: int, seed: int = 0) -> dict[str, Floats]:
+    """Each figure [S] on the same S resamples of the same N rows. Raises ValueError for unequal numbers of rows."""
+    rows = {len(one.values) for one in figures.values()}
+    if len(rows) != 1:
+        raise ValueError("paired figures need the same rows")
+    (count,) = rows
+    random = np.random.default_rng(seed)
+    scores: dict[str, list[Floats]] = {name: [] for name in figures}
+    step = max(1, CELLS_AT_ONCE // max(count, 1))
+    for start in range(0, resamples, step):
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start))
+        for name, one in figures.items():
+            scores[name].append(one.figure(drawn @ one.values))
     return {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in scores.items()}
 
 

@@ -130,7 +130,7 @@ def scorers(model_uri: str, settings: Settings, most: int | None = None) -> Acto
     serving = settings.serving.model_copy(update={"tokens_per_batch": settings.evaluation.tokens_per_batch})
     actor = ray.remote(Scorer).options(num_cpus=serving.cpus_per_replica, num_gpus=serving.gpus_per_replica)
     workers = min(settings.evaluation.workers, most or settings.evaluation.workers)
-    _check_resources(workers, serving)
+    check_resources(workers, serving)
     return ActorPool([actor.remote(info.task, model_uri, serving) for _ in range(workers)])
 
 
@@ -143,7 +143,7 @@ def score(
     Raises DataError for a split without rows, and what `scorers` raises.
     """
     info = read_task(model_uri)
-    parts = _parts(dataset, split)
+    parts = parts_of(dataset, split)
     pool = pool or scorers(model_uri, settings, most=len(parts))
     total = sum(part.rows for part in parts)
     progress = Progress(total, f"scoring {split}", "rows", sys.stdout.isatty())
@@ -275,7 +275,7 @@ def softmax(logits: Floats) -> Floats:
     return shares
 
 
-def _check_resources(workers: int, serving: ServingSettings) -> None:
+def check_resources(workers: int, serving: ServingSettings) -> None:
     """Ray would wait for ever for an actor that no node can hold."""
     import ray
 
@@ -288,19 +288,20 @@ def _check_resources(workers: int, serving: ServingSettings) -> None:
             )
 
 
-def _parts(dataset: DatasetRef, split: str) -> list[Part]:
-    parts = []
+def parts_of(dataset: DatasetRef, split: str, size: int = ROWS_AT_ONCE) -> list[Part]:
+    """A split in pieces of at most `size` rows. Raises DataError when it has none."""
+    found = []
     for shard in dataset.shards(split):
         fs, inside = storage.filesystem(shard)
         rows = pq.read_metadata(inside, filesystem=fs).num_rows
-        starts = range(0, rows, ROWS_AT_ONCE)
-        parts += [Part(shard, start, min(ROWS_AT_ONCE, rows - start)) for start in starts]
-    if not parts:
+        starts = range(0, rows, size)
+        found += [Part(shard, start, min(size, rows - start)) for start in starts]
+    if not found:
         raise DataError(
             f"the {split} split of {dataset.name}/{dataset.fingerprint} has no rows;"
             f" raise data.split.{split} or data.limit and run python -m jobs.preprocess again"
         )
-    return parts
+    return found
 
 
 def _read_shard(shard: str) -> pa.Table:

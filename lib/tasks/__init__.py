@@ -148,8 +148,9 @@ class Task(Protocol):
         """One answer beside the truth, in a line for people."""
 
 
-# Metrics of which less is better.
-FALLING = ("loss", "perplexity")
+def judged(name: str) -> Literal["classes", "answers"]:
+    """What a task's models are judged by: the classes that they choose, or the answers that they write (`JUDGED`)."""
+    return getattr(load_task(name), "JUDGED", "classes")
 
 
 def deciding_metric(settings: Settings) -> str:

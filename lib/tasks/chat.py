@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lib.tasks import Batch, Outputs
 
 PACKS = True
+JUDGED: Literal["classes", "answers"] = "answers"
 METRIC = "loss"
 LISTS = frozenset({"messages", "conversations"})
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))

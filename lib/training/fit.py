@@ -34,7 +34,7 @@ from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
 from lib.tasks import load_task, packs
-from lib.training import checkpoints, loop, overrides, windows, zero
+from lib.training import checkpoints, loop, overrides, reference, windows, zero
 from lib.training.dropout import plain_attention
 from lib.training.restore import restore
 from lib.training.trainer import Trainer
@@ -90,6 +90,8 @@ def train(
             f"dataset {dataset.name}/{dataset.fingerprint} has {manifest['splits']['train']['rows']} training "
             f"rows for {settings.training.most_workers} workers; give it more rows or lower training.workers"
         )
+    if reference.wanted(settings):
+        dataset = reference.with_reference(settings, dataset)
     checkpoints.mend_record(checkpoints.run_folder(run.ref, part))
     try:
         return _trainer(settings, dataset, run.ref, callbacks, part).fit()

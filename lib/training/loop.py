@@ -25,10 +25,11 @@ from ray.train.v2._internal.execution import context
 from lib import tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.base_models import base_directory
+from lib.direction import gain
 from lib.errors import ConfigError
 from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
-from lib.tasks import FALLING, Task, deciding_metric, load_task, packs
+from lib.tasks import Task, deciding_metric, load_task, packs
 from lib.training import batches, checkpoints, trainable, windows, zero
 from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
@@ -290,8 +291,7 @@ class Loop:
         best = self.state.best
         if not metrics or not best:
             return True
-        gain = metrics[self.metric] - best[self.metric]
-        return (-gain if self.metric in FALLING else gain) > self.training.min_delta
+        return gain(self.metric, metrics[self.metric], than=best[self.metric]) > self.training.min_delta
 
     def _save(self, best: bool) -> None:
         self.own.random = checkpoints.random_state()

@@ -26,9 +26,10 @@ from ray.tune.integration.ray_train import TuneReportCallback
 
 from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef
+from lib.direction import lower_is_better
 from lib.errors import ConfigError, unwrap
 from lib.settings import Dimension, Settings, override
-from lib.tasks import FALLING, deciding_metric
+from lib.tasks import deciding_metric
 from lib.training import cleaner, population
 from lib.training.fit import check_resources, train
 from lib.training.population import TIME
@@ -77,7 +78,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """
     check_resources(settings)
     concurrent = settings.tuning.concurrency or room(settings, ray.cluster_resources())
-    lower = deciding_metric(settings) in FALLING
+    lower = lower_is_better(deciding_metric(settings))
     path = storage.join(run.ref.uri, "search")
     trainable = tune.with_resources(
         tune.with_parameters(
