@@ -58,17 +58,18 @@ def ask(settings: Settings) -> None:
         rows = pq.read_table(path).slice(0, TIMED).to_pylist()
     task = load_task(settings.task)
     classes = task.classes(settings.data)
-    base = f"http://{settings.serving.host}:{settings.serving.port}"
+    serving = settings.serving
+    base = f"http://{serving.host}:{serving.port}{serving.route_prefix.rstrip('/')}"
     seconds = []
     with httpx.Client(base_url=base, timeout=60) as client:
         for number, row in enumerate(rows):
             began = time.perf_counter()
-            reply = client.post(f"/v1/{settings.task}", json={"inputs": [task.example(row)]})
+            route, body = task.request(row, settings.name)
+            reply = client.post(route, json=body)
             seconds.append(time.perf_counter() - began)
             reply.raise_for_status()
-            answer = reply.json()["results"][0]
             if number < SHOWN:
-                print(f"  {task.tell(row, answer, classes)}")
+                print(f"  {task.tell(row, reply.json(), classes)}")
     seconds.sort()
     print(
         f"  {len(rows)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
