@@ -38,17 +38,17 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
-    width = max(10, *(len(label) for label in labels))
+    width = max([10, *(len(label) for label in labels)])
     print(
         f"{'':12} {'rows':>10} "
-        + " ".join(f"{label:>{width}}" for label in labels)
-        + "  mean tokens  truncated"
+        + "".join(f"{label:>{width}} " for label in labels)
+        + " mean tokens  truncated"
     )
     for split in SPLITS:
         count = manifest["splits"][split]
-        by_label = " ".join(f"{count['labels'][label]:>{width},}" for label in labels)
+        by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
-        print(f"{split:12} {count['rows']:>10,} {by_label}  {mean:>11.1f}  {count['truncated']:>9,}")
+        print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
     print(f"written to   {display(planned.ref.uri)}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
 

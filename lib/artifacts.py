@@ -156,6 +156,8 @@ class TaskFile:
     base: str
     dataset: str
     format: int = 1
+    chat_template: str | None = None
+    """chat: what `model.chat_template` named; the template itself lies with the tokenizer."""
 
     def write(self, folder: Path) -> None:
         storage.write_json(str(folder / TASK_FILE), asdict(self))

@@ -41,7 +41,10 @@ def tokenizer_checksum(base: str) -> str:
     folder = base_directory(base)
     digest = hashlib.sha256()
     for path in (
-        sorted(folder.glob("*token*")) + sorted(folder.glob("vocab*")) + sorted(folder.glob("merges*"))
+        sorted(folder.glob("*token*"))
+        + sorted(folder.glob("vocab*"))
+        + sorted(folder.glob("merges*"))
+        + sorted(folder.glob("chat_template*"))
     ):
         if path.is_file():
             digest.update(path.name.encode())

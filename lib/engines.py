@@ -145,7 +145,7 @@ def _loaded(folder: Path, serving: ServingSettings, head: Head) -> dict[str, Any
     gpu = serving.gpus_per_replica > 0
     engine = _engine(serving)
     threads = serving.threads or os.cpu_count() or 1
-    precision = _precision(serving.precision, gpu)
+    precision = chosen_precision(serving.precision, gpu)
     forward: Forward | None = None
     if engine == "openvino":
         try:
@@ -179,7 +179,7 @@ def _engine(serving: ServingSettings) -> Literal["torch", "openvino"]:
     return serving.engine
 
 
-def _precision(wanted: Literal["auto", "bf16", "fp32"], gpu: bool) -> Literal["bf16", "fp32"]:
+def chosen_precision(wanted: Literal["auto", "bf16", "fp32"], gpu: bool) -> Literal["bf16", "fp32"]:
     if wanted != "auto":
         return wanted
     if gpu:

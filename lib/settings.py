@@ -34,6 +34,7 @@ RESERVED_COLUMNS = {
     "id",
     "text",
     "label",
+    "messages",
     "tokens",
     "tags",
     "input_ids",
@@ -66,6 +67,19 @@ class Columns(Section):
     """tagging: the words of a sentence, a list."""
     tags: str = "tags"
     """tagging: the tag of each word, a list as long."""
+    messages: str = "messages"
+    """chat: a list of {role, content}."""
+    conversations: str = "conversations"
+    """chat, ShareGPT's form: a list of {from, value}."""
+    instruction: str = "instruction"
+    """chat, Alpaca's form: what is asked; `input` is what it is about, `output` the answer."""
+    input: str = "input"
+    output: str = "output"
+    question: str = "question"
+    """chat, in pairs: what the user says, and the `answer`."""
+    answer: str = "answer"
+    system: str = "system"
+    """chat, in pairs and Alpaca's form: the system message, where a source has one."""
 
 
 class Split(Section):
@@ -101,11 +115,13 @@ class DataSettings(Section):
     format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll"] = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
-    labels: dict[str, str] | list[str]
+    labels: dict[str, str] | list[str] | None = None
     """Value in the source → label, or the list of labels when the source already holds them.
 
-    tagging: the kinds of entity, without B- and I-.
+    tagging: the kinds of entity, without B- and I-. chat has none.
     """
+    dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
+    """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}
@@ -169,7 +185,7 @@ class DataSettings(Section):
     @property
     def label_map(self) -> dict[str, str]:
         """Value in the source (as text) → label."""
-        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels}
+        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels or ()}
 
     @property
     def label_names(self) -> list[str]:
@@ -195,6 +211,8 @@ class ModelSettings(Section):
     """Longest sequence in tokens, special tokens included; longer texts are cut."""
     dropout: Share | None = None
     """Dropout of the encoder; None keeps what the base model's config says."""
+    chat_template: str | None = None
+    """chat: `chatml` or the file of a Jinja template; None takes the base model's own."""
     trust_remote_code: bool = False
 
 
@@ -222,6 +240,9 @@ class TrainingSettings(Section):
     """Micro-batches between two optimiser steps."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest L2 norm of the gradient; 0 switches clipping off."""
+    packing: bool | None = None
+    """Several examples in one sequence of `model.max_length`, none of which sees another; None: where the task
+    can (chat)."""
     class_weights: Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]] = "none"
     """balanced: rows / (classes · rows of the class), or a weight for each label."""
     label_smoothing: Share = 0.0

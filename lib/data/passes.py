@@ -27,9 +27,10 @@ from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
+from lib.errors import DataError
 from lib.labels import MISSING, Unknown
 from lib.settings import DataSettings, Settings
-from lib.tasks import Prepared, load_task
+from lib.tasks import Prepared, UnencodableError, load_task
 
 # Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
 RAY_BLOCK_BYTES = 1 << 20
@@ -231,6 +232,8 @@ class _Ready:
     high: np.ndarray
     low: np.ndarray
     """Hash of the text, of usable rows alone."""
+    group: np.ndarray
+    """What decides the split, of usable rows alone: `low`, or the same of the task's own groups."""
 
 
 def _prepare(block: Block, settings: Settings) -> _Ready:
@@ -238,7 +241,10 @@ def _prepare(block: Block, settings: Settings) -> _Ready:
     prepared = load_task(settings.task).prepare(columns, settings.data)
     usable = ~prepared.empty & (prepared.labels >= 0)
     usable[list(prepared.malformed)] = False
-    return _Ready(prepared, usable, *dedup.hash_texts(prepared.texts.filter(pa.array(usable))))
+    high, low = dedup.hash_texts(prepared.texts.filter(pa.array(usable)))
+    groups = prepared.groups
+    group = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
+    return _Ready(prepared, usable, high, low, group)
 
 
 def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int) -> pa.Table:
@@ -296,17 +302,20 @@ def write_block(
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
     given = reading.splits(positions[keep])
-    places = np.where(given < 0, assign(ready.low[keep], data), given)
+    places = np.where(given < 0, assign(ready.group[keep], data), given)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
-    splits = write_shards(
-        rows.filter(pa.array(~spare)),
-        places[~spare],
-        first_shards[block.fragment] + block.number,
-        uri,
-        task,
-        settings.model,
-        task.classes(data),
-    )
+    try:
+        splits = write_shards(
+            rows.filter(pa.array(~spare)),
+            places[~spare],
+            first_shards[block.fragment] + block.number,
+            uri,
+            task,
+            settings.model,
+            task.classes(data),
+        )
+    except UnencodableError as error:
+        raise DataError(f"{reading.place(int(positions[keep][~spare][error.row]))} {error}") from None
     counts = {
         "rows": block.rows.num_rows,
         "duplicate": int((gone & ~conflict).sum()),

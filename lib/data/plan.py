@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lib import storage
 from lib.artifacts import DatasetRef
 from lib.base_models import tokenizer_checksum
+from lib.chat_templates import template_text
 from lib.data import blocks, sources
 from lib.data.readers import column_names
 from lib.settings import Settings
@@ -43,18 +44,19 @@ def plan(settings: Settings) -> Plan:
     """
     data = settings.data
     task = load_task(settings.task)
-    columns = {**task.columns(data), **data.slices}
+    task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     files = [
         file
         for split, uris in data.sources.items()
         for file in sources.find_files(uris, data.format, split, f"{split}_source" if split else "source")
     ]
+    columns = {**task.columns(data, column_names(files[0])), **data.slices}
     keys = {f"slices.{name}" if name in data.slices else f"columns.{name}": c for name, c in columns.items()}
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
         checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
-    tokenizer = tokenizer_checksum(settings.model.base)
+    tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
     identity = {
         "format": FORMAT,
         "task": settings.task,
@@ -64,6 +66,7 @@ def plan(settings: Settings) -> Plan:
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],
         "data": data.model_dump(mode="json", exclude=SOURCES),
+        "chat_template": template and template_text(template),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from lib import storage
 from lib.artifacts import SPLITS
 from lib.settings import ModelSettings
-from lib.tasks import Task
+from lib.tasks import Task, UnencodableError
 
 # Rows that go through the tokeniser at a time. Its objects are large: with a thousand they leave the
 # processor's cache and each row costs 7% more.
@@ -62,17 +62,18 @@ def write_shards(
 ) -> dict[str, SplitCount]:
     """Encode `rows` (`id`, the task's columns, slices) and write a shard for each split that has any.
 
-    `splits` int8 [rows] indexes SPLITS; `number` names the shard. Returns the counts by split.
+    `splits` int8 [rows] indexes SPLITS; `number` names the shard. Returns the counts by split. Raises
+    UnencodableError, with the number of the row among `rows`.
     """
     counts = {}
     for index, split in enumerate(SPLITS):
-        part = rows.filter(pa.array(splits == index))
-        if not part.num_rows:
+        chosen = np.flatnonzero(splits == index)
+        if not len(chosen):
             continue
         encoded = pa.concat_tables(
             [
-                task.encode(part.slice(start, ENCODE_ROWS), model)
-                for start in range(0, part.num_rows, ENCODE_ROWS)
+                _encode(rows, chosen[start : start + ENCODE_ROWS], task, model)
+                for start in range(0, len(chosen), ENCODE_ROWS)
             ]
         )
         path = storage.join(uri, split, shard_name(number))
@@ -80,6 +81,13 @@ def write_shards(
             pq.write_table(encoded, file, compression="zstd")
         counts[split] = _count(encoded, task.counts(encoded, classes), shard_name(number))
     return counts
+
+
+def _encode(rows: pa.Table, chosen: np.ndarray, task: Task, model: ModelSettings) -> pa.Table:
+    try:
+        return task.encode(rows.take(pa.array(chosen)), model)
+    except UnencodableError as error:
+        raise UnencodableError(int(chosen[error.row]), str(error)) from None
 
 
 def _count(rows: pa.Table, labels: dict[str, int], shard: str) -> SplitCount:

@@ -10,11 +10,12 @@ Shapes: B rows in a batch, T tokens in its longest row, C classes.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from lib.errors import ConfigError, nearest
+from lib.errors import ConfigError, DataError, nearest
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings, task_names
 
 if TYPE_CHECKING:
@@ -47,6 +48,16 @@ class Prepared:
     """bool: rows that say nothing."""
     malformed: dict[int, str]
     """Row → what is wrong with its form."""
+    groups: pa.Array | None = None
+    """string: rows of one group fall into one split; None where equal texts are the groups."""
+
+
+class UnencodableError(DataError):
+    """A row that the model's tokeniser or template refuses: `row` is its number among those to encode."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(why)
+        self.row = row
 
 
 class Task(Protocol):
@@ -56,13 +67,20 @@ class Task(Protocol):
     """What a client sends: the HTTP schema and the batch-scoring schema are the same."""
     Response: type[BaseModel]
 
+    PACKS: bool
+    """Whether rows can be packed into sequences of the model's length: `collate` then reads a column `pack`."""
+    METRIC: str
+    """The validation metric that decides where `training.metric` names none."""
     LISTS: frozenset[str]
     """Columns of the source, by their names here, that hold lists or objects; they arrive as JSON."""
     BASELINE: Literal["tfidf", "lookup"]
     """What the task is compared with beside the most frequent class (`lib.evaluation.baselines`)."""
 
-    def columns(self, data: DataSettings) -> dict[str, str]:
-        """Name here → column of the source. Raises ConfigError when `data` does not suit the task."""
+    def columns(self, data: DataSettings, present: Collection[str] = ()) -> dict[str, str]:
+        """Name here → column of the source. Raises ConfigError when `data` does not suit the task.
+
+        `present` are the columns that the source has, once they are known.
+        """
 
     def classes(self, data: DataSettings) -> list[str]:
         """What the model's outputs stand for, in their order."""
@@ -76,7 +94,7 @@ class Task(Protocol):
     def encode(self, rows: pa.Table, model: ModelSettings) -> pa.Table:
         """Prepared rows → the same rows with the feature columns that training reads.
 
-        Runs inside Ray Data's map_batches. Always adds `length` int32, the tokens of each row.
+        Runs inside Ray Data's map_batches. Always adds `length` int32, the tokens of each row. Raises UnencodableError.
         """
 
     def build(self, base: Path, settings: Settings) -> nn.Module:

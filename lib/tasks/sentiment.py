@@ -5,6 +5,7 @@ A row is a text; the answer is one of the labels with a score for each (softmax 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["save"]
 
+PACKS = False
+METRIC = "macro_f1"
 LISTS: frozenset[str] = frozenset()
 BASELINE: Literal["tfidf", "lookup"] = "tfidf"
 SHOWN_CHARS = 100
@@ -61,7 +64,7 @@ class Response(BaseModel):
     results: list[Answer]
 
 
-def columns(data: DataSettings) -> dict[str, str]:
+def columns(data: DataSettings, present: Collection[str] = ()) -> dict[str, str]:
     if len(data.label_names) < 2:
         raise ConfigError("data.labels: at least two different labels are needed to tell texts apart")
     return {"text": data.columns.text, "label": data.columns.label}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["save"]
 
+PACKS = False
+METRIC = "macro_f1"
 LISTS = frozenset({"tokens", "tags"})
 BASELINE: Literal["tfidf", "lookup"] = "lookup"
 
@@ -83,7 +85,9 @@ class Response(BaseModel):
     results: list[Answer]
 
 
-def columns(data: DataSettings) -> dict[str, str]:
+def columns(data: DataSettings, present: Collection[str] = ()) -> dict[str, str]:
+    if not data.label_names:
+        raise ConfigError("data.labels is missing; name the kinds of entity, such as [PER, ORG]")
     if data.undersample:
         raise ConfigError("data.undersample: a sentence has no label of its own; only tasks with one take it")
     return {"tokens": data.columns.tokens, "tags": data.columns.tags}

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from lib import storage
 
 Indices = NDArray[np.int64]
+# Columns that only evaluation reads.
+NOT_TRAINED = ("id", "text", "tokens", "tags", "messages")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def read(shards: list[str], rows: int) -> Iterator[pa.Table]:
 def columns(shard: str) -> list[str]:
     """The columns that training reads: all but those that only evaluation needs."""
     with storage.open_file(shard) as file:
-        return [name for name in pq.read_schema(file).names if name not in ("id", "text", "tokens", "tags")]
+        return [name for name in pq.read_schema(file).names if name not in NOT_TRAINED]
 
 
 def in_order(window: pa.Table, budget: int, rank: int, world: int) -> Iterator[pa.Table]:

@@ -179,6 +179,7 @@ def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any
         max_length=settings.model.max_length,
         base=settings.model.base,
         dataset=dataset.fingerprint,
+        chat_template=settings.model.chat_template,
     )
     with storage.publish(run.model_uri) as folder:
         task.save(model, base, info, folder)
