@@ -21,6 +21,7 @@ from lib import command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings, Settings
+from lib.tasks import load_task
 from serve.following import parse_reference
 
 if TYPE_CHECKING:
@@ -235,10 +236,9 @@ def job(settings: Settings) -> None:
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
     print(f"  API docs  {url}/docs")
-    print(
-        f"  try it    curl -s {url}/v1/{settings.task} -H 'content-type: application/json' "
-        """-d '{"inputs": ["Fits perfectly, I wear it every week."]}'"""
-    )
+    (example, *_) = load_task(settings.task).Request.model_config["json_schema_extra"]["examples"]
+    path = "/v1/chat/completions" if settings.task == "chat" else f"/v1/{settings.task}"
+    print(f"  try it    curl -s {url}{path} -H 'content-type: application/json' -d '{json.dumps(example)}'")
 
 
 if __name__ == "__main__":
