@@ -211,7 +211,7 @@ def end_leftovers() -> int:
         session, started = int(state["pid"]), float(state["started"])
         if started < psutil.boot_time() or _leads_another(session, started):
             return 0
-        found = [p for p in psutil.process_iter() if _session(p.pid) == session]
+        found = [p for p in psutil.process_iter() if _session(p.pid) == session and _runs(p)]
         for process in found:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -228,6 +228,13 @@ def _leads_another(session: int, started: float) -> bool:
     """Whether the number is another process's by now."""
     try:
         return psutil.Process(session).create_time() != started
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 

@@ -236,7 +236,7 @@ def job(settings: Settings) -> None:
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
     print(f"  API docs  {url}/docs")
-    (example, *_) = load_task(settings.task).Request.model_config["json_schema_extra"]["examples"]
+    example = load_task(settings.task).Request.model_json_schema()["examples"][0]
     path = "/v1/chat/completions" if settings.task == "chat" else f"/v1/{settings.task}"
     print(f"  try it    curl -s {url}{path} -H 'content-type: application/json' -d '{json.dumps(example)}'")
 
