@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError
@@ -36,12 +36,13 @@ from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
 from lib.settings import Positive, ServingSettings
 from serve.following import parse_reference
-from serve.http import Ready, create_app, error_response
+from serve.http import Ready, create_app, error_response, request_id
 from serve.replica import size
 
 logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_GIB = 1.0
+UNBOUNDED = 1_000_000
 QUIET = {"enable_access_log": False}
 
 
@@ -134,8 +135,9 @@ class Chat(OpenAiIngress):
         )
         app.add_exception_handler(OpenAIHTTPException, _engine_error)
         app.add_exception_handler(BackPressureError, _full)
-        app.post("/v1/chat/completions", tags=["chat"], summary="Continue a conversation")(self.chat)
-        app.post("/v1/completions", tags=["chat"], summary="Continue a text")(self.completions)
+        ask: dict[str, Any] = {"tags": ["chat"], "dependencies": [Depends(request_id)]}
+        app.post("/v1/chat/completions", summary="Continue a conversation", **ask)(self.chat)
+        app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
         return app
@@ -235,17 +237,9 @@ def application(args: Arguments) -> ray_serve.Application:
         metadata={"version": ref.version, "max_model_len": serving.chat.max_model_len},
     )
     engine = build_llm_deployment(config, deployment_cls=Engine, bind_kwargs={"serving": serving, "ref": ref})
-    return (
-        ray_serve.deployment(Chat, name="Chat", num_replicas=1, logging_config=QUIET)
-        .options(
-            max_ongoing_requests=10 * serving.max_replicas * serving.max_ongoing_requests,
-            max_queued_requests=serving.max_queued_requests,
-        )
-        .bind(
-            {ref.name: engine},
-            {ref.name: card},
-            serving,
-            ref,
-            list(dict.fromkeys([ref.name, args.model, str(ref)])),
-        )
+    names = list(dict.fromkeys([ref.name, args.model, str(ref)]))
+    # What is too much is said where it waits for the engine; the ingress itself holds nobody back.
+    ingress = ray_serve.deployment(
+        Chat, name="Chat", num_replicas=1, max_ongoing_requests=UNBOUNDED, logging_config=QUIET
     )
+    return ingress.bind({ref.name: engine}, {ref.name: card}, serving, ref, names)
