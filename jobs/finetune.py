@@ -22,6 +22,7 @@ from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
 from lib.planner.check import check
 from lib.settings import Settings
+from lib.tasks import deciding_metric
 from lib.training import resume
 
 
@@ -46,7 +47,7 @@ def finetune(settings: Settings) -> None:
         run.log_dict(summary, "training.json")
         with tempfile.TemporaryDirectory() as folder:
             picture = Path(folder) / "curves.png"
-            curves.draw(summary, training.metric, picture)
+            curves.draw(summary, deciding_metric(settings), picture)
             run.log_file(picture)
         run.log_metrics({f"memory/worker_{i}_peak_gib": m for i, m in enumerate(summary["peak_memory_gib"])})
         run.log_metrics({f"best/{k}": v for k, v in summary["best"].items()})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib import storage
 from lib.artifacts import check_model_directory
-from lib.errors import ModelError
+from lib.errors import ModelError, StorageError
 from lib.samples import is_sample, sample_path
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
@@ -23,7 +23,7 @@ def base_directory(base: str) -> Path:
     absent or not in safetensors, ConfigError for an unknown sample.
     """
     if is_sample(base):
-        folder = sample_path(base, "model")
+        folder = _from_sample(base)
     elif "://" in base:
         folder = _download(base)
     elif Path(base).expanduser().is_dir():
@@ -50,6 +50,34 @@ def tokenizer_checksum(base: str) -> str:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _from_sample(base: str) -> Path:
+    """A sample's directory; one that is a GGUF file is converted once, into the storage root's `cache/`."""
+    path = sample_path(base, "model")
+    if path.is_dir():
+        return path
+    from lib.gguf import convert
+
+    # Of another file, another directory: its size and time tell whether the package was changed.
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    cache = cache_folder() / f"{path.stem.lower()}-{key}"
+    if not storage.published(str(cache)):
+        print(f"converting {base} to safetensors, once", flush=True)
+        try:
+            with storage.publish(str(cache)) as scratch:
+                convert(path, scratch)
+        except StorageError:
+            if not storage.published(str(cache)):  # else another process was quicker
+                raise
+    return cache
+
+
+def cache_folder() -> Path:
+    """The storage root's `cache/`, or the project's own where the root is not on this machine."""
+    fs, inside = storage.filesystem(storage.root())
+    return Path(inside) / "cache" if storage.is_local(fs) else storage.PROJECT / ".whorl" / "cache"
 
 
 def _download(uri: str) -> Path:

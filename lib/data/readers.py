@@ -20,7 +20,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from lib import storage
-from lib.data import conll
+from lib.data import chatterbot, conll
 from lib.data.sources import FORMAT_NAMES, SourceFile
 from lib.errors import DataError
 
@@ -48,6 +48,8 @@ def column_names(file: SourceFile) -> list[str]:
         case "conll":
             with _opened(file) as stream:
                 return conll.column_names(file, stream)
+        case "chatterbot":
+            return list(chatterbot.COLUMNS)
         case _:
             with _opened(file) as stream, _csv(file, stream, pacsv.ConvertOptions()) as reader:
                 return list(reader.schema.names)
@@ -69,6 +71,9 @@ def read_tables(
         case "conll":
             with _opened(file) as stream:
                 yield from conll.read_tables(file, stream, columns, batch_rows)
+        case "chatterbot":
+            with _opened(file) as stream:
+                yield from chatterbot.read_tables(file, stream, columns, batch_rows)
         case _:
             yield from _read_csv(file, columns)
 

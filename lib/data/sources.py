@@ -28,6 +28,8 @@ ENDINGS = {
     ".iob": "conll",
     ".iob2": "conll",
     ".bio": "conll",
+    ".yml": "chatterbot",
+    ".yaml": "chatterbot",
 }
 FORMAT_NAMES = {
     "csv": "CSV",
@@ -35,6 +37,7 @@ FORMAT_NAMES = {
     "jsonl": "JSON Lines",
     "parquet": "Parquet",
     "conll": "CoNLL columns",
+    "chatterbot": "a ChatterBot corpus",
 }
 # What a file with a wrong ending most often is.
 MAGIC = {
@@ -57,7 +60,7 @@ class SourceFile:
 
     uri: str
     format: str
-    """csv, tsv, jsonl, parquet or conll."""
+    """csv, tsv, jsonl, parquet, conll or chatterbot."""
     gzip: bool
     size: int
     """Bytes."""
@@ -89,7 +92,7 @@ def find_files(
 
 
 def _files_of(source: str, kind: str, split: str | None, key: str) -> list[SourceFile]:
-    uris = [storage.uri(sample_path(source, "data"))] if is_sample(source) else storage.find(source)
+    uris = storage.find(str(sample_path(source, "data")) if is_sample(source) else source)
     if not uris:
         raise ConfigError(f"data.{key}: {_why_nothing(source)}")
     if kind == "auto":
@@ -101,7 +104,7 @@ def _files_of(source: str, kind: str, split: str | None, key: str) -> list[Sourc
             f"data.{key}: cannot tell the format of {display(uris[0])} from its ending; "
             f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set data.format"
         )
-    names = [source if is_sample(source) else display(uri) for uri, _ in known]
+    names = [source if is_sample(source) and len(known) == 1 else display(uri) for uri, _ in known]
     return [
         SourceFile(uri, *found, storage.size(uri), name, split)
         for (uri, found), name in zip(known, names, strict=True)

@@ -16,7 +16,7 @@ from typing import Any
 from lib import storage
 from lib.base_models import HUB_ID, base_directory
 from lib.errors import ConfigError, ModelError, nearest
-from lib.samples import is_sample, sample_path
+from lib.samples import is_sample
 
 # glibc's DEFAULT_MMAP_THRESHOLD_MAX in elements of fp32: what is smaller comes from its heap (mallopt(3)).
 HEAP_LIMIT = 32 * 2**20 // 4
@@ -183,7 +183,7 @@ def read(base: str, vocabulary_head: bool, dropout: float | None = None) -> Arch
 def _folder(base: str) -> str:
     """The model directory as a URI, without fetching weights unless the hub leaves no other way."""
     if is_sample(base):
-        return storage.uri(sample_path(base, "model"))
+        return storage.uri(base_directory(base))
     if HUB_ID.match(base) and not base.startswith((".", "/")) and not storage.exists(storage.uri(base)):
         return storage.uri(base_directory(base))
     return storage.uri(base)

@@ -151,6 +151,26 @@ class Task(Protocol):
         """The JSON reply to such a request beside the truth, in a line for people."""
 
 
+# Metrics of which less is better.
+FALLING = ("loss", "perplexity")
+
+
+def deciding_metric(settings: Settings) -> str:
+    """The validation metric that says which checkpoint is best: `training.metric`, else the task's own."""
+    return settings.training.metric or load_task(settings.task).METRIC
+
+
+def packs(settings: Settings) -> bool:
+    """Whether examples are packed: `training.packing`, else wherever the task can.
+
+    Raises ConfigError where it cannot.
+    """
+    wanted, can = settings.training.packing, load_task(settings.task).PACKS
+    if wanted and not can:
+        raise ConfigError(f"training.packing: the task {settings.task} has nothing to pack; leave it out")
+    return can if wanted is None else wanted
+
+
 def load_task(name: str) -> Task:
     """The task of this name. Raises ConfigError with the nearest known one."""
     known = task_names()

@@ -31,7 +31,7 @@ from lib.base_models import base_directory
 from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
-from lib.tasks import load_task
+from lib.tasks import load_task, packs
 from lib.training import checkpoints, loop, windows
 from lib.training.dropout import plain_attention
 
@@ -68,6 +68,7 @@ def train(
     more often than `training.max_failures`; what was committed stays, for the run to go on from.
     """
     manifest = dataset.manifest()
+    packs(settings)  # refuses what the task cannot
     base_directory(settings.model.base)
     check_resources(settings)
     if manifest["splits"]["train"]["rows"] < settings.training.most_workers:

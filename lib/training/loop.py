@@ -30,7 +30,7 @@ from lib.base_models import base_directory
 from lib.errors import ConfigError
 from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
-from lib.tasks import Task, load_task
+from lib.tasks import FALLING, Task, deciding_metric, load_task, packs
 from lib.training import batches, checkpoints, windows, zero
 from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
@@ -131,7 +131,7 @@ class Loop:
     terminal: bool = False
 
     def __post_init__(self) -> None:
-        self.training = self.settings.training
+        self.training, self.metric = self.settings.training, deciding_metric(self.settings)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = self.engine.device
         model = self.engine.module
@@ -190,6 +190,7 @@ class Loop:
                 lambda rows: self.task.weight(rows, self.settings, self.balance),
                 self._largest,
                 self._sum,
+                self.settings.model.max_length if packs(self.settings) else None,
             )
             for index in range(skip, -(-len(planned) // self.training.accumulation)):
                 yield self.coming.group(of, planned, index)
@@ -250,7 +251,7 @@ class Loop:
     def _validate(self, epoch: int) -> bool:
         """Measure on the validation split; True when nothing before was better."""
         metrics = self._measure() if self.validation else {}
-        name = self.training.metric
+        name = self.metric
         if metrics and name not in metrics:
             raise ConfigError(
                 f"training.metric {name!r} is not measured (known: {', '.join(sorted(metrics))})"
@@ -269,8 +270,8 @@ class Loop:
         best = self.state.best
         if not metrics or not best:
             return True
-        gain = metrics[self.training.metric] - best[self.training.metric]
-        return (-gain if self.training.metric == "loss" else gain) > self.training.min_delta
+        gain = metrics[self.metric] - best[self.metric]
+        return (-gain if self.metric in FALLING else gain) > self.training.min_delta
 
     def _save(self, best: bool) -> None:
         self.own.random = checkpoints.random_state()

@@ -25,6 +25,7 @@ from lib import storage, tracking
 from lib.artifacts import DatasetRef, RunRef
 from lib.errors import ConfigError, unwrap
 from lib.settings import Dimension, Settings, override
+from lib.tasks import FALLING, deciding_metric
 from lib.training.fit import check_resources, train
 
 # Of the trial's own process, which only waits for its workers; Tune takes no 0.
@@ -83,7 +84,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
     """
     check_resources(settings)
     concurrent = settings.tuning.concurrency or room(settings, ray.cluster_resources())
-    lower = settings.training.metric == "loss"
+    lower = deciding_metric(settings) in FALLING
     path = storage.join(run.ref.uri, "search")
     trainable = tune.with_resources(
         tune.with_parameters(
@@ -102,7 +103,7 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
             trainable,
             param_space={key: _domain(dimension) for key, dimension in settings.tuning.space.items()},
             tune_config=tune.TuneConfig(
-                metric=settings.training.metric,
+                metric=deciding_metric(settings),
                 mode="min" if lower else "max",
                 num_samples=settings.tuning.trials,
                 search_alg=_algorithm(settings, concurrent),
@@ -194,7 +195,7 @@ def _scheduler(settings: Settings) -> Any:
 
 
 def _found(results: Any, settings: Settings, lower: bool) -> Found:
-    metric = settings.training.metric
+    metric = deciding_metric(settings)
     trials = []
     for number, result in enumerate(results):
         frame = result.metrics_dataframe
