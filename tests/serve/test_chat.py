@@ -6,6 +6,7 @@ One engine for all tests: starting it is most of the time.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,52 +21,48 @@ from lib import registry, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
+from lib.tasks import chat
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-NAME = "helper"
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' + message['content'] + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"
-)
+NAME, CONTEXT = "helper", 256
 QUESTION = [{"role": "user", "content": "my phone does not ring"}]
 
 
 def publish_chat(version: int) -> ModelRef:
-    """A model version: a random Llama, 2 layers, with a byte-level tokeniser and a chat template."""
+    """A model version as `jobs.finetune` exports one: a random Llama, 2 layers, with a byte-level tokeniser."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
     special = ["<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = {piece: i for i, piece in enumerate(special + alphabet)}
+    pieces = {piece: i for i, piece in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
     set_seed(version)
     config = LlamaConfig(
         vocab_size=len(pieces),
         hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=2,
+        num_attention_heads=2,  # vLLM's attention on a CPU has heads of 32 and more
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=CONTEXT,
         initializer_range=0.3,  # far from flat, so that the likeliest token is clearly the likeliest
         bos_token_id=0,
         eos_token_id=1,
     )
     ref = ModelRef(NAME, version)
-    with storage.publish(ref.uri) as folder:
-        LlamaForCausalLM(config).save_pretrained(folder)
-        PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer,
-            additional_special_tokens=special,
-            eos_token="<|im_end|>",
-            pad_token="<|im_end|>",
-            chat_template=TEMPLATE,
-        ).save_pretrained(folder)
-        TaskFile("chat", [], 256, "nowhere", f"{NAME}/0123456789abcdef").write(folder)
+    with tempfile.TemporaryDirectory() as base, storage.publish(ref.uri) as folder:
+        fast.save_pretrained(base)
+        info = TaskFile("chat", [], CONTEXT, base, f"{NAME}/0123456789abcdef", chat_template="chatml")
+        chat.save(LlamaForCausalLM(config), Path(base), info, folder)
         files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
@@ -92,7 +89,7 @@ def chat_settings(**serving: Any) -> Settings:
         {
             "name": NAME,
             "task": "chat",
-            "data": {"source": "nowhere.jsonl", "labels": ["none"]},
+            "data": {"source": "nowhere.jsonl"},
             "model": {"base": "nowhere"},
             "serving": {
                 "port": free_port(),
