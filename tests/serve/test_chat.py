@@ -35,7 +35,9 @@ def publish_chat(version: int) -> ModelRef:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
     special = ["<|im_start|>", "<|im_end|>"]
-    pieces = {piece: i for i, piece in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    # Printable ASCII, space and line end: whatever a random model says is text.
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    pieces = {piece: i for i, piece in enumerate(special + letters)}
     tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -182,8 +184,7 @@ def test_logprobs_are_of_the_tokens_said(deployed: Deployed) -> None:
     for token in tokens:
         assert len(token.top_logprobs) == 3
         assert token.logprob == max(other.logprob for other in token.top_logprobs) <= 0
-    said = bytes(byte for token in tokens for byte in token.bytes)
-    assert said.decode(errors="replace") == answer.message.content
+    assert bytes(byte for token in tokens for byte in token.bytes).decode() == answer.message.content
 
 
 def test_completions_continue_a_text(deployed: Deployed) -> None:
@@ -238,7 +239,7 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"messages": "hello"}, "messages"),
         ({"messages": []}, ""),
         ({"messages": [{"content": "no role"}]}, "role"),
-        ({"stop": ["x"] * 20_000}, "100,000 bytes"),
+        ({"stop": ["x"] * 30_000}, "100,000 bytes"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}, "256"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, ""),
         ({"n": 0}, ""),
