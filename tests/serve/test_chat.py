@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from cluster.local import free_port
@@ -138,7 +139,17 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ite
         registry.set_alias(ref, registry.CHAMPION)
         settings = chat_settings()
         yield Deployed(deploy(settings), settings, ref)
+        engine = engine_processes()
+        assert engine
         ray_serve.shutdown()
+        _, alive = psutil.wait_procs(engine, timeout=30)
+        assert not alive
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's processes below this one."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.name().startswith("VLLM::")]
 
 
 def test_the_champion_is_what_answers(deployed: Deployed) -> None:
