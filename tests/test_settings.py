@@ -10,6 +10,7 @@ import pytest
 
 from lib.errors import ConfigError
 from lib.settings import load_settings
+from lib.tasks import load_task
 
 CONFIGS = sorted(Path("jobs/configs").glob("*.yaml"))
 REVIEWS = "jobs/configs/reviews.yaml"
@@ -19,7 +20,7 @@ REVIEWS = "jobs/configs/reviews.yaml"
 def test_every_shipped_configuration_loads(path: Path) -> None:
     settings = load_settings(path)
     assert settings.name
-    assert settings.data.label_names
+    assert load_task(settings.task).columns(settings.data)
 
 
 def test_overrides_and_types() -> None:
