@@ -63,17 +63,22 @@ def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
     application: dict[str, Any] = {
         "name": settings.name,
         "route_prefix": settings.serving.route_prefix,
-        "import_path": f"serve.{settings.task}:application",
+        "import_path": f"serve.{served_as(settings)}:application",
         "runtime_env": _runtime_env(),
         "args": arguments,
     }
-    if settings.task in STARTED_ANEW:
+    if served_as(settings) in STARTED_ANEW:
         arguments |= {"model": _reference(settings), "version": ref.version}
     else:
         application["deployments"] = [
-            {"name": settings.task.capitalize(), "user_config": {"model": str(ref)}}
+            {"name": served_as(settings).capitalize(), "user_config": {"model": str(ref)}}
         ]
     return application
+
+
+def served_as(settings: Settings) -> str:
+    """The task whose application answers: that of the models which the configured task exports."""
+    return getattr(load_task(settings.task), "SERVED_AS", settings.task)
 
 
 def _reference(settings: Settings) -> str:
@@ -88,7 +93,7 @@ def address(serving: ServingSettings) -> str:
 
 def _check_task(ref: ModelRef, settings: Settings) -> None:
     task = storage.read_json(storage.join(ref.uri, TASK_FILE)).get("task")
-    if task != settings.task:
+    if task != served_as(settings):
         raise ModelError(
             f"{ref} is a {task} model, but task is {settings.task}; choose another serving.model"
         )
@@ -107,7 +112,7 @@ def _check_resources(settings: Settings) -> None:
     serving, has = settings.serving, ray.cluster_resources()
     for kind, each in (("CPU", serving.cpus_per_replica), ("GPU", serving.gpus_per_replica)):
         wanted = each * max(serving.min_replicas, 1)
-        if kind == "CPU" and settings.task in STARTED_ANEW:
+        if kind == "CPU" and served_as(settings) in STARTED_ANEW:
             wanted += 1  # the ingress before the engine
         if wanted > has.get(kind, 0):
             raise ResourceError(
@@ -236,8 +241,9 @@ def job(settings: Settings) -> None:
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
     print(f"  API docs  {url}/docs")
-    example = load_task(settings.task).Request.model_json_schema()["examples"][0]
-    path = "/v1/chat/completions" if settings.task == "chat" else f"/v1/{settings.task}"
+    task = served_as(settings)
+    example = load_task(task).Request.model_json_schema()["examples"][0]
+    path = "/v1/chat/completions" if task == "chat" else f"/v1/{task}"
     print(f"  try it    curl -s {url}{path} -H 'content-type: application/json' -d '{json.dumps(example)}'")
 
 
