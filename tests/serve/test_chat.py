@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from cluster.local import free_port
-from lib import registry, storage
+from lib import registry, storage, tracking
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
@@ -69,6 +69,11 @@ def publish_chat(version: int) -> ModelRef:
         files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
+
+
+def crown(ref: ModelRef) -> None:
+    tracking.client().create_model_version(NAME, source=ref.uri)
+    registry.set_alias(ref, registry.CHAMPION)
 
 
 def greedy(ref: ModelRef, tokens: int) -> str:
@@ -131,12 +136,9 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WHORL_STORAGE", str(folder))
         patch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
-        ref = publish_chat(1)
-        from lib import tracking
-
         tracking.client().create_registered_model(NAME)
-        tracking.client().create_model_version(NAME, source=ref.uri)
-        registry.set_alias(ref, registry.CHAMPION)
+        ref = publish_chat(1)
+        crown(ref)
         settings = chat_settings()
         yield Deployed(deploy(settings), settings, ref)
         engine = engine_processes()
@@ -282,3 +284,27 @@ def test_the_api_describes_itself(deployed: Deployed) -> None:
     paths = httpx.get(f"{deployed.url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz"} <= set(paths)
     assert httpx.get(f"{deployed.url}/docs").status_code == 200
+
+
+def test_a_row_of_a_dataset_is_asked_and_told_as_the_pipeline_does(deployed: Deployed) -> None:
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "charge it"}]}
+    path, body = chat.request(row, NAME)
+    reply = httpx.post(deployed.url + path, json={**body, "temperature": 0}, timeout=60).json()
+    told = chat.tell(row, reply, [])
+    assert f"→ {' '.join(greedy(deployed.ref, body['max_tokens']).split())}" in told
+    assert "(the data says: charge it)" in told
+
+
+def test_another_champion_is_taken_up(deployed: Deployed) -> None:
+    from serve.deploy import deploy
+
+    before = engine_processes()
+    ref = publish_chat(2)
+    crown(ref)
+    assert deploy(deployed.settings) == deployed.url
+    answer = deployed.ask(model=f"{NAME}@champion").choices[0].message.content
+    assert answer == greedy(ref, 16)
+    assert answer != greedy(deployed.ref, 16)
+    assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
+    _, alive = psutil.wait_procs(before, timeout=30)
+    assert not alive
