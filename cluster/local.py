@@ -5,7 +5,8 @@
 
 `up` starts a supervisor that stays in the background and owns every process of the cluster: it asks the
 kernel to be given orphans (a child subreaper), so that whatever Ray, Serve or an engine leaves behind is
-still its descendant. `down` ends the supervisor, and that ends them all. Token authentication is on;
+still its descendant. `down` ends the supervisor, and that ends them all; where the supervisor itself was
+killed, `down` and the next `up` end what is left of its session. Token authentication is on;
 everything but Serve's HTTP port and HAProxy's own figures listens on the loopback interface only. Both
 commands are idempotent.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,8 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
         # A job's `python` is the first on the head's path.
         "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
+        # A worker's process group dies with it: a killed replica leaves no vLLM engine that holds its memory.
+        "RAY_process_group_cleanup_enabled": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -70,6 +75,7 @@ def up(arguments: argparse.Namespace) -> None:
         print(f"the cluster is up already (supervisor {found['pid']})")
         show(found)
         return
+    end_leftovers()
     ports = {
         "--port": arguments.port,
         "--dashboard-port": arguments.dashboard_port,
@@ -194,10 +200,61 @@ def end_descendants() -> None:
             return
 
 
+def end_leftovers() -> int:
+    """End what is left of a cluster whose supervisor was killed before it could; how many processes that were.
+
+    They are found by the supervisor's session. A session's number is given to no other process while one of its
+    members lives, and what changes its title (Ray's workers, vLLM's) has an empty environment to look at.
+    """
+    with suppress(OSError, ValueError, KeyError):
+        state = json.loads(STATE.read_text())
+        session, started = int(state["pid"]), float(state["started"])
+        if started < psutil.boot_time() or _leads_another(session, started):
+            return 0
+        found = [p for p in psutil.process_iter() if _session(p.pid) == session and _runs(p)]
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        _, alive = psutil.wait_procs(found, timeout=STOP_SECONDS)
+        if alive:
+            raise ResourceError(f"processes {[p.pid for p in alive]} of the last cluster do not end")
+        STATE.unlink(missing_ok=True)
+        shutil.rmtree(temporary_folder(), ignore_errors=True)
+        return len(found)
+    return 0
+
+
+def _leads_another(session: int, started: float) -> bool:
+    """Whether the number is another process's by now."""
+    try:
+        return psutil.Process(session).create_time() != started
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return None
+
+
 def down() -> None:
     found = running_cluster()
     if not found:
-        print("no cluster is up")
+        ended = end_leftovers()
+        print(
+            f"no cluster is up; ended {ended} processes that the last one left"
+            if ended
+            else "no cluster is up"
+        )
         return
     supervisor = psutil.Process(found["pid"])
     supervisor.terminate()

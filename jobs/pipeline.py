@@ -31,7 +31,7 @@ STAGES = (
     ("promote", "jobs.promote", "figures → champion, if the gate holds"),
     ("serve", "serve.deploy", "champion → endpoint"),
 )
-SHOWN, TIMED = 4, 40
+SHOWN, TIMED, SECONDS = 4, 40, 20
 
 
 def pipeline(settings: Settings) -> None:
@@ -52,26 +52,30 @@ def pipeline(settings: Settings) -> None:
 
 
 def ask(settings: Settings) -> None:
-    """Send rows of the test split to the endpoint; show some answers and the latency of all."""
+    """Send rows of the test split to the endpoint, as many as some seconds allow; show some answers and the
+    latency of all."""
     shard = plan(settings).ref.shards("test")[0]
     with storage.local_copy(shard) as path:
         rows = pq.read_table(path).slice(0, TIMED).to_pylist()
     task = load_task(settings.task)
     classes = task.classes(settings.data)
-    base = f"http://{settings.serving.host}:{settings.serving.port}"
-    seconds = []
+    serving = settings.serving
+    base = f"http://{serving.host}:{serving.port}{serving.route_prefix.rstrip('/')}"
+    seconds: list[float] = []
     with httpx.Client(base_url=base, timeout=60) as client:
         for number, row in enumerate(rows):
+            if number >= SHOWN and sum(seconds) > SECONDS:
+                break
             began = time.perf_counter()
-            reply = client.post(f"/v1/{settings.task}", json={"inputs": [task.example(row)]})
+            route, body = task.request(row, settings.name)
+            reply = client.post(route, json=body)
             seconds.append(time.perf_counter() - began)
             reply.raise_for_status()
-            answer = reply.json()["results"][0]
             if number < SHOWN:
-                print(f"  {task.tell(row, answer, classes)}")
+                print(f"  {task.tell(row, reply.json(), classes)}")
     seconds.sort()
     print(
-        f"  {len(rows)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
+        f"  {len(seconds)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
     )
     print(f"\n  API docs     {base}/docs")
     if found := running_cluster():

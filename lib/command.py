@@ -124,7 +124,9 @@ def running_cluster() -> dict[str, Any]:
     """What `cluster.local up` wrote about the cluster that it keeps running; empty when there is none."""
     with suppress(FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
         found: dict[str, Any] = json.loads(STATE.read_text())
-        # The process number may have been given to another process since.
-        if psutil.Process(found["pid"]).create_time() == found["started"]:
+        supervisor = psutil.Process(found["pid"])
+        # The process number may have been given to another process since; one that was killed stays in the
+        # list where nobody asks for its end.
+        if supervisor.create_time() == found["started"] and supervisor.status() != psutil.STATUS_ZOMBIE:
             return found
     return {}

@@ -692,6 +692,31 @@ class PlanSettings(Section):
     """Measure this machine's matrix products and memory for some seconds, so that its times can be told."""
 
 
+class ChatEngineSettings(Section):
+    """vLLM, which serves the task `chat`: on the CPU, or on GPUs where `serving.gpus_per_replica` is above 0."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """auto: what the model's own config.json says."""
+    max_model_len: Positive | None = None
+    """Tokens of a prompt and its answer together; None takes what the model was made for."""
+    kv_cache_gib: Annotated[float, Field(gt=0)] | None = None
+    """Memory of one worker for keys and values; None: 1 on a CPU, on a GPU what `gpu_memory` leaves."""
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Share of a GPU's memory for weights and keys and values together."""
+    tensor_parallel: Positive = 1
+    """Workers that share one replica's layers; on GPUs each takes gpus_per_replica / tensor_parallel of one."""
+    max_num_seqs: Positive = 64
+    """Sequences that are computed at once."""
+    enforce_eager: bool | None = None
+    """Skip graph capture and compilation: a quicker start, slower tokens. None: on a CPU, not on GPUs."""
+    stream_interval_ms: Annotated[float, Field(ge=0)] = 0
+    """How long tokens of a stream are gathered before they are sent; 0 sends each at once."""
+    options: dict[str, Any] = {}
+    """Any other of vLLM's engine arguments, such as `{enable_auto_tool_choice: true, tool_call_parser: hermes}`."""
+    environment: dict[str, str] = {}
+    """Environment variables of the engine's processes."""
+
+
 class ServingSettings(Section):
     """How the champion answers (`serve.deploy`)."""
 
@@ -716,9 +741,14 @@ class ServingSettings(Section):
     tokens_per_batch: Positive = 2048
     """Padded tokens that the engine computes at once."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    start_timeout_s: Annotated[float, Field(gt=0)] = 600
+    """How long a deployment may take until it answers."""
     max_inputs: Positive = 256
     max_chars: Positive = 20_000
     max_body_bytes: Positive = 4_000_000
+    chat: ChatEngineSettings = ChatEngineSettings()
+    """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
+    max_chars are those of the other tasks."""
 
     @model_validator(mode="after")
     def _replicas(self) -> ServingSettings:

@@ -21,12 +21,14 @@ from lib import command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings, Settings
+from lib.tasks import load_task
 from serve.following import parse_reference
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
 
-READY_SECONDS = 180
+# Another version of these tasks is another engine, not something that a replica swaps.
+STARTED_ANEW = ("chat",)
 EVERYWHERE = ("0.0.0.0", "::")
 
 
@@ -36,36 +38,51 @@ def deploy(settings: Settings) -> str:
     Raises RegistryError for an alias or version that does not exist, ModelError for one that cannot be
     served, ResourceError for a port in use, missing CPUs or an absent cluster.
     """
-    ref = registry.resolve(*parse_reference(settings.serving.model or f"{settings.name}@champion"))
+    ref = registry.resolve(*parse_reference(_reference(settings)))
     _check_task(ref, settings)
     if not (os.environ.get("RAY_ADDRESS") or command.running_cluster() or _connected()):
         raise ResourceError("no cluster is up to deploy to; python -m cluster.local up starts one")
     command.connect()
-    _check_resources(settings.serving)
+    _check_resources(settings)
     client = _start_serve(settings.serving)
     _apply(client, settings, ref)
     url = address(settings.serving)
-    _wait(client, settings.name, ref, url)
+    _wait(client, settings, ref, url)
     return url
 
 
 def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
     """The application as `serve deploy` would read it from a file.
 
-    The version is in `user_config` alone: what Ray Serve changes without restarting replicas.
+    The version is in `user_config` alone, what Ray Serve changes without restarting replicas; or, for a task
+    that starts its engine anew, in the arguments.
     """
     # Where it listens is Ray Serve's matter, not the replica's: a change of these restarts nothing.
-    arguments = settings.serving.model_dump(
-        mode="json", exclude={"model", "host", "port", "route_prefix", "request_timeout_s"}
-    )
-    return {
+    elsewhere = {"model", "host", "port", "route_prefix", "request_timeout_s", "start_timeout_s"}
+    arguments = settings.serving.model_dump(mode="json", exclude=elsewhere)
+    application: dict[str, Any] = {
         "name": settings.name,
         "route_prefix": settings.serving.route_prefix,
-        "import_path": f"serve.{settings.task}:application",
+        "import_path": f"serve.{served_as(settings)}:application",
         "runtime_env": _runtime_env(),
         "args": arguments,
-        "deployments": [{"name": settings.task.capitalize(), "user_config": {"model": str(ref)}}],
     }
+    if served_as(settings) in STARTED_ANEW:
+        arguments |= {"model": _reference(settings), "version": ref.version}
+    else:
+        application["deployments"] = [
+            {"name": served_as(settings).capitalize(), "user_config": {"model": str(ref)}}
+        ]
+    return application
+
+
+def served_as(settings: Settings) -> str:
+    """The task whose application answers: that of the models which the configured task exports."""
+    return getattr(load_task(settings.task), "SERVED_AS", settings.task)
+
+
+def _reference(settings: Settings) -> str:
+    return settings.serving.model or f"{settings.name}@champion"
 
 
 def address(serving: ServingSettings) -> str:
@@ -76,7 +93,7 @@ def address(serving: ServingSettings) -> str:
 
 def _check_task(ref: ModelRef, settings: Settings) -> None:
     task = storage.read_json(storage.join(ref.uri, TASK_FILE)).get("task")
-    if task != settings.task:
+    if task != served_as(settings):
         raise ModelError(
             f"{ref} is a {task} model, but task is {settings.task}; choose another serving.model"
         )
@@ -88,13 +105,15 @@ def _connected() -> bool:
     return bool(ray.is_initialized())
 
 
-def _check_resources(serving: ServingSettings) -> None:
+def _check_resources(settings: Settings) -> None:
     """Ray Serve would wait for ever for a replica that no node can hold."""
     import ray
 
-    has = ray.cluster_resources()
+    serving, has = settings.serving, ray.cluster_resources()
     for kind, each in (("CPU", serving.cpus_per_replica), ("GPU", serving.gpus_per_replica)):
         wanted = each * max(serving.min_replicas, 1)
+        if kind == "CPU" and served_as(settings) in STARTED_ANEW:
+            wanted += 1  # the ingress before the engine
         if wanted > has.get(kind, 0):
             raise ResourceError(
                 f"{serving.min_replicas} replica(s) want {wanted:g} {kind}, and the cluster has "
@@ -173,9 +192,10 @@ def _runtime_env() -> dict[str, Any]:
     return runtime_env
 
 
-def _wait(client: ServeControllerClient, name: str, ref: ModelRef, url: str) -> None:
+def _wait(client: ServeControllerClient, settings: Settings, ref: ModelRef, url: str) -> None:
     """Until the replicas serve `ref`. Raises ModelError with the reason when they do not."""
-    deadline = time.monotonic() + READY_SECONDS
+    name, seconds = settings.name, settings.serving.start_timeout_s
+    deadline = time.monotonic() + seconds
     state = "DEPLOYING"
     while time.monotonic() < deadline:
         app = client.get_serve_details()["applications"].get(name)
@@ -191,7 +211,9 @@ def _wait(client: ServeControllerClient, name: str, ref: ModelRef, url: str) -> 
             if status == 503:
                 raise ModelError(f"{name} is deployed, but not ready: {answer['error']['message']}")
         time.sleep(0.2)
-    raise ResourceError(f"{name} was not ready within {READY_SECONDS} s (state {state}); see ray status")
+    raise ResourceError(
+        f"{name} was not ready within {seconds:g} s (state {state}); see ray status, or raise serving.start_timeout_s"
+    )
 
 
 def _reason(app: dict[str, Any]) -> str:
@@ -219,10 +241,10 @@ def job(settings: Settings) -> None:
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
     print(f"  API docs  {url}/docs")
-    print(
-        f"  try it    curl -s {url}/v1/{settings.task} -H 'content-type: application/json' "
-        """-d '{"inputs": ["Fits perfectly, I wear it every week."]}'"""
-    )
+    task = served_as(settings)
+    example = load_task(task).Request.model_json_schema()["examples"][0]
+    path = "/v1/chat/completions" if task == "chat" else f"/v1/{task}"
+    print(f"  try it    curl -s {url}{path} -H 'content-type: application/json' -d '{json.dumps(example)}'")
 
 
 if __name__ == "__main__":

@@ -79,20 +79,23 @@ def http_api(
     return app
 
 
+def size(serving: ServingSettings) -> dict[str, Any]:
+    """How many replicas, as options of a deployment."""
+    if serving.min_replicas == serving.max_replicas:
+        return {"num_replicas": serving.max_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": serving.min_replicas,
+            "max_replicas": serving.max_replicas,
+            "target_ongoing_requests": serving.target_ongoing_requests,
+        }
+    }
+
+
 def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
     """The deployment as an application of the size that `serving` asks for."""
-    if serving.min_replicas == serving.max_replicas:
-        size: dict[str, Any] = {"num_replicas": serving.max_replicas}
-    else:
-        size = {
-            "autoscaling_config": {
-                "min_replicas": serving.min_replicas,
-                "max_replicas": serving.max_replicas,
-                "target_ongoing_requests": serving.target_ongoing_requests,
-            }
-        }
     return deployment.options(
-        **size,
+        **size(serving),
         max_ongoing_requests=serving.max_ongoing_requests,
         max_queued_requests=serving.max_queued_requests,
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},

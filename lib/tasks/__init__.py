@@ -141,11 +141,14 @@ class Task(Protocol):
     def row_metrics(self, items: pa.Table, predicted: np.ndarray, classes: list[str]) -> dict[str, float]:
         """Metrics that only whole rows show, from the predicted class of each item, sorted by id."""
 
-    def example(self, row: dict[str, Any]) -> Any:
-        """A row of a dataset as one of a request's `inputs`."""
+    def request(self, row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+        """A row of a dataset as an HTTP request to the application: path and JSON body.
 
-    def tell(self, row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
-        """One answer beside the truth, in a line for people."""
+        `name` is the served model's, for an API whose requests name one.
+        """
+
+    def tell(self, row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
+        """The JSON reply to such a request beside the truth, in a line for people."""
 
 
 def judged(name: str) -> Literal["classes", "answers"]:

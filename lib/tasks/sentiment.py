@@ -324,12 +324,12 @@ def row_metrics(items: pa.Table, predicted: np.ndarray, classes: list[str]) -> d
     return {}
 
 
-def example(row: dict[str, Any]) -> str:
-    text: str = row["text"]
-    return text
+def request(row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    return "/v1/sentiment", {"inputs": [row["text"]]}
 
 
-def tell(row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
+def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
+    (answer,) = reply["results"]
     text = row["text"] if len(row["text"]) < SHOWN_CHARS else row["text"][: SHOWN_CHARS - 3] + "…"
     given = [(name, row[name]) for name in row if name == "label" or name.startswith("label:")]
     label = answer["label"]

@@ -402,12 +402,12 @@ def row_metrics(items: pa.Table, predicted: np.ndarray, classes: list[str]) -> d
     return figures | {f"entity_f1/{kind}": values["f1"] for kind, values in found.items()}
 
 
-def example(row: dict[str, Any]) -> list[str]:
-    words: list[str] = row["tokens"]
-    return words
+def request(row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
+    return "/v1/tagging", {"inputs": [row["tokens"]]}
 
 
-def tell(row: dict[str, Any], answer: dict[str, Any], classes: list[str]) -> str:
+def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
+    (answer,) = reply["results"]
     truth = entities.spans([classes[tag] for tag in row["tags"]])
     said = [f"{e['text']} {e['label']} {e['score']:.2f}" for e in answer["entities"]]
     real = [f"{' '.join(row['tokens'][first:end])} {kind}" for kind, first, end in truth]

@@ -200,6 +200,34 @@ def test_more_workers_than_slots(copy: Copy) -> None:
     assert "training.workers 99 need 50.5 CPU slots" in done.stderr
 
 
+def test_a_killed_replica_leaves_no_engine_behind(copy: Copy) -> None:
+    (copy.folder / "orphan.py").write_text(
+        """
+import os, signal, subprocess, sys, time
+import psutil, ray
+
+ray.init()
+
+@ray.remote
+class Replica:
+    def start(self):
+        self.engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        return os.getpid(), self.engine.pid
+
+replica = Replica.remote()
+pid, engine = ray.get(replica.start.remote())
+assert psutil.Process(engine).is_running()
+os.kill(pid, signal.SIGKILL)
+deadline = time.monotonic() + 30
+while psutil.pid_exists(engine) and time.monotonic() < deadline:
+    time.sleep(0.2)
+print("engine lives:", psutil.pid_exists(engine))
+"""
+    )
+    done = copy.submit("python", "orphan.py")
+    assert "engine lives: False" in done.stdout, done.stdout + done.stderr
+
+
 def test_port_in_use_is_named_with_the_mend(tmp_path: Path, copy: Copy) -> None:
     other = tmp_path / "other"
     for name in TREE:

@@ -116,13 +116,15 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     rows = pq.read_table(shard.removeprefix("file://")).slice(0, 20).to_pylist()
     right = 0
     for row in rows:
-        body = json.dumps({"inputs": [task.example(row), " ".join(row["tokens"])]}).encode()
-        request = urllib.request.Request(f"{url}/v1/tagging", body, {"content-type": "application/json"})
+        path, body = task.request(row, "names")
+        body["inputs"].append(" ".join(row["tokens"]))
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(url + path, data, {"content-type": "application/json"})
         with urllib.request.urlopen(request, timeout=60) as reply:
             answer = json.load(reply)
         words, text = answer["results"]
         assert [e["text"] for e in words["entities"]] == [e["text"] for e in text["entities"]]
-        said = task.tell(row, words, manifest["labels"])
+        said = task.tell(row, {"results": [words]}, manifest["labels"])
         told, _, truth = said.partition("   (the data says: ")
         names = [part.rpartition(" ")[0] for part in told.partition("→ ")[2].split("; ")]
         right += names == truth.removesuffix(")").split("; ")

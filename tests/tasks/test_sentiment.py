@@ -131,3 +131,11 @@ def test_label_smoothing_is_for_training_alone(tiny_base: Path) -> None:
     trained, outputs = sentiment.loss(model, batch, smooth, balance)
     assert float(trained.detach()) != pytest.approx(float(expected), rel=0.01)
     assert outputs == {}
+
+
+def test_a_row_is_asked_and_its_answer_told() -> None:
+    row = {"text": "great", "label": 2}
+    assert sentiment.request(row, "reviews") == ("/v1/sentiment", {"inputs": ["great"]})
+    reply = {"results": [{"label": "fine", "scores": {"fine": 0.75}}], "model": "reviews"}
+    line = sentiment.tell(row, reply, ["bad", "fine", "good"])
+    assert "→ fine 0.75   (the data says: good)" in line

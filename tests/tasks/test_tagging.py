@@ -298,13 +298,17 @@ def test_markers_need_a_vocabulary_that_has_them(tiny_base: Path) -> None:
         tagging.encode(pa.table({"tokens": [["A"]], "tags": [[0]]}), model)
 
 
-def test_counts_and_tell() -> None:
+def test_counts_request_and_tell() -> None:
     rows = pa.table({"tags": pa.array([[0, 1, 2], [3]], pa.list_(pa.int32()))})
     assert tagging.counts(rows, CLASSES) == {"O": 1, "B-PER": 1, "I-PER": 1, "B-LOC": 1, "I-LOC": 0}
     line = tagging.tell(
         {"tokens": ["Ada", "Lovelace", "here"], "tags": [1, 2, 0]},
-        {"entities": [{"text": "Ada", "label": "PER", "score": 0.9}]},
+        {"results": [{"entities": [{"text": "Ada", "label": "PER", "score": 0.9}]}]},
         CLASSES,
+    )
+    assert tagging.request({"tokens": ["Ada", "here"]}, "names") == (
+        "/v1/tagging",
+        {"inputs": [["Ada", "here"]]},
     )
     assert "→ Ada PER 0.90" in line
     assert "the data says: Ada Lovelace PER" in line

@@ -1,0 +1,310 @@
+"""Chat on a real Ray Serve and a real vLLM engine on the CPU, asked with OpenAI's own client.
+
+One engine for all tests: starting it is most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from cluster.local import free_port
+from lib import registry, storage, tracking
+from lib.artifacts import ModelRef, TaskFile
+from lib.registry import VERSION_FILE
+from lib.settings import Settings
+from lib.tasks import chat
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+NAME, CONTEXT = "helper", 256
+QUESTION = [{"role": "user", "content": "my phone does not ring"}]
+
+
+def publish_chat(version: int) -> ModelRef:
+    """A model version as `jobs.finetune` exports one: a random Llama, 2 layers, with a byte-level tokeniser."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    special = ["<|im_start|>", "<|im_end|>"]
+    # Printable ASCII, space and line end: whatever a random model says is text.
+    letters = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]
+    pieces = {piece: i for i, piece in enumerate(special + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=pieces, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+    )
+    set_seed(version)
+    config = LlamaConfig(
+        vocab_size=len(pieces),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,  # vLLM's attention on a CPU has heads of 32 and more
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        initializer_range=0.3,  # far from flat, so that the likeliest token is clearly the likeliest
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    ref = ModelRef(NAME, version)
+    with tempfile.TemporaryDirectory() as base, storage.publish(ref.uri) as folder:
+        fast.save_pretrained(base)
+        info = TaskFile("chat", [], CONTEXT, base, f"{NAME}/0123456789abcdef", chat_template="chatml")
+        chat.save(LlamaForCausalLM(config), Path(base), info, folder)
+        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+        storage.write_json(str(folder / VERSION_FILE), {"files": files})
+    return ref
+
+
+def crown(ref: ModelRef) -> None:
+    tracking.client().create_model_version(NAME, source=ref.uri)
+    registry.set_alias(ref, registry.CHAMPION)
+
+
+def greedy(ref: ModelRef, tokens: int) -> str:
+    """What transformers says to the question with the weights of a version."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(ref.uri.removeprefix("file://"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = tokenizer.apply_chat_template(
+        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    found = model.generate(**prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=1)
+    text: str = tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def chat_settings(**serving: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "name": NAME,
+            "task": "chat",
+            "data": {"source": "nowhere.jsonl"},
+            "model": {"base": "nowhere"},
+            "serving": {
+                "port": free_port(),
+                "threads": 1,
+                "max_body_bytes": 100_000,
+                "chat": {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8},
+                **serving,
+            },
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Deployed:
+    url: str
+    settings: Settings
+    ref: ModelRef
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+    def ask(self, **rest: Any) -> Any:
+        return self.client.chat.completions.create(
+            **{"model": NAME, "messages": QUESTION, "max_tokens": 16, "temperature": 0, **rest}
+        )
+
+
+@pytest.fixture(scope="module")
+def deployed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Iterator[Deployed]:
+    from ray import serve as ray_serve
+
+    from serve.deploy import deploy
+
+    folder = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WHORL_STORAGE", str(folder))
+        patch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
+        tracking.client().create_registered_model(NAME)
+        ref = publish_chat(1)
+        crown(ref)
+        settings = chat_settings()
+        yield Deployed(deploy(settings), settings, ref)
+        engine = engine_processes()
+        assert engine
+        ray_serve.shutdown()
+        _, alive = psutil.wait_procs(engine, timeout=30)
+        assert not alive
+
+
+def engine_processes() -> list[psutil.Process]:
+    """vLLM's processes below this one."""
+    found = psutil.Process().children(recursive=True)
+    return [process for process in found if process.name().startswith("VLLM::")]
+
+
+def test_the_champion_is_what_answers(deployed: Deployed) -> None:
+    answer = deployed.ask()
+    assert answer.choices[0].message.content == greedy(deployed.ref, 16)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.model == NAME
+    assert answer.usage.completion_tokens == 16
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 16
+
+
+def test_a_stream_is_the_same_answer_in_parts(deployed: Deployed) -> None:
+    whole = deployed.ask()
+    parts = list(deployed.ask(stream=True, stream_options={"include_usage": True}))
+    text = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
+    assert text == whole.choices[0].message.content
+    assert parts[-1].usage == whole.usage
+    assert [part.choices[0].finish_reason for part in parts if part.choices][-1] == "length"
+    assert len(parts) > 8  # tokens are sent as they come, not gathered
+
+
+def test_stop_ends_the_answer_before_it(deployed: Deployed) -> None:
+    whole = deployed.ask().choices[0].message.content
+    stop = whole[4:6]
+    answer = deployed.ask(stop=[stop])
+    assert answer.choices[0].message.content == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_seed_repeats_a_drawn_answer(deployed: Deployed) -> None:
+    def drawn(seed: int) -> str:
+        found: str = deployed.ask(seed=seed, temperature=1.5).choices[0].message.content
+        return found
+
+    assert drawn(3) == drawn(3)
+    assert len({drawn(seed) for seed in range(4)}) > 1
+
+
+def test_logprobs_are_of_the_tokens_said(deployed: Deployed) -> None:
+    answer = deployed.ask(logprobs=True, top_logprobs=3).choices[0]
+    tokens = answer.logprobs.content
+    assert len(tokens) == 16
+    for token in tokens:
+        assert len(token.top_logprobs) == 3
+        assert token.logprob == max(other.logprob for other in token.top_logprobs) <= 0
+    assert bytes(byte for token in tokens for byte in token.bytes).decode() == answer.message.content
+
+
+def test_completions_continue_a_text(deployed: Deployed) -> None:
+    answer = deployed.client.completions.create(model=NAME, prompt="my phone", max_tokens=5, temperature=0)
+    assert answer.usage.completion_tokens == 5
+    parts = deployed.client.completions.create(
+        model=NAME, prompt="my phone", max_tokens=5, temperature=0, stream=True
+    )
+    assert "".join(part.choices[0].text for part in parts) == answer.choices[0].text
+
+
+def test_an_answer_in_a_given_form(deployed: Deployed) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"solved": {"type": "boolean"}},
+        "required": ["solved"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "state", "schema": schema}}
+    answer = deployed.ask(response_format=form, max_tokens=60)
+    assert set(json.loads(answer.choices[0].message.content)) == {"solved"}
+
+
+def test_the_model_has_its_name_its_alias_and_its_version(deployed: Deployed) -> None:
+    names = [NAME, f"{NAME}@champion", f"{NAME}@1"]
+    assert [model.id for model in deployed.client.models.list()] == names
+    said = {deployed.ask(model=name).choices[0].message.content for name in names}
+    assert len(said) == 1
+    card = deployed.client.models.retrieve(f"{NAME}@champion")
+    assert card.id == f"{NAME}@champion"
+    assert card.metadata["version"] == 1
+    ready = httpx.get(f"{deployed.url}/readyz").json()
+    assert (ready["model"], ready["version"], ready["engine"]) == (NAME, 1, "vllm float32 on CPU")
+
+
+def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) -> None:
+    for ask in (lambda: deployed.ask(model="other"), lambda: deployed.client.models.retrieve("other")):
+        with pytest.raises(openai.NotFoundError) as found:
+            ask()
+        assert found.value.code == "model_not_found"
+        assert found.value.param == "model"
+        assert f"there are: {NAME}, {NAME}@champion, {NAME}@1" in found.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"messages": [{"role": "user", "content": "x" * 400}]}, "256"),
+        ({"max_tokens": 300}, "256"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": []}, ""),
+        ({"messages": [{"content": "no role"}]}, "role"),
+        ({"stop": ["x"] * 30_000}, "100,000 bytes"),
+        ({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}, "256"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, ""),
+        ({"n": 0}, ""),
+        ({"logit_bias": {"999999": 1}}, "999999"),
+    ],
+)  # fmt: skip
+def test_a_clients_mistake_is_a_4xx_that_says_which(
+    deployed: Deployed, change: dict[str, Any], says: str
+) -> None:
+    body = {"model": NAME, "messages": QUESTION, "max_tokens": 4, **change}
+    answer = httpx.post(f"{deployed.url}/v1/chat/completions", json=body, timeout=60)
+    assert 400 <= answer.status_code < 500, answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert says in f"{error['message']} {error['param']}"
+    assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null"])
+def test_a_body_that_is_not_a_request_is_a_400(deployed: Deployed, body: bytes) -> None:
+    answer = httpx.post(
+        f"{deployed.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_the_api_describes_itself(deployed: Deployed) -> None:
+    paths = httpx.get(f"{deployed.url}/openapi.json").json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz"} <= set(paths)
+    assert httpx.get(f"{deployed.url}/docs").status_code == 200
+
+
+def test_a_row_of_a_dataset_is_asked_and_told_as_the_pipeline_does(deployed: Deployed) -> None:
+    row = {"messages": [*QUESTION, {"role": "assistant", "content": "charge it"}]}
+    path, body = chat.request(row, NAME)
+    reply = httpx.post(deployed.url + path, json={**body, "temperature": 0}, timeout=60).json()
+    told = chat.tell(row, reply, [])
+    assert f"→ {' '.join(greedy(deployed.ref, body['max_tokens']).split())}" in told
+    assert "(the data says: charge it)" in told
+
+
+def test_another_champion_is_taken_up(deployed: Deployed) -> None:
+    from serve.deploy import deploy
+
+    before = engine_processes()
+    ref = publish_chat(2)
+    crown(ref)
+    assert deploy(deployed.settings) == deployed.url
+    answer = deployed.ask(model=f"{NAME}@champion").choices[0].message.content
+    assert answer == greedy(ref, 16)
+    assert answer != greedy(deployed.ref, 16)
+    assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
+    _, alive = psutil.wait_procs(before, timeout=30)
+    assert not alive
