@@ -21,7 +21,7 @@ from tests.training.test_resume import assert_one_curve, assert_same, settings_f
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-ROWS, EPOCHS = 480, 2
+ROWS, EPOCHS = 240, 2
 
 
 @pytest.fixture(scope="module")
