@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 import yaml
@@ -29,7 +27,7 @@ from lib.training.population import ENDS, TIME
 from lib.training.search import Found, Trial, room, search
 from lib.training.space import MUTABLE, check
 from tests.training.test_fit import make_dataset, settings_for
-from tests.training.test_resume import wait_for
+from tests.training.test_resume import kill, wait_for
 
 
 def with_search(settings: Settings, **tuning: Any) -> Settings:
@@ -389,15 +387,11 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
         def states() -> list[str]:
             return sorted(child.status() for child in tracking.children(run_id, "tiny"))
 
-        wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
-        assert driver.poll() is None, driver.stderr.read()
-        own = psutil.Process(driver.pid).children(recursive=True)
-        os.kill(driver.pid, signal.SIGKILL)
-        assert driver.wait() == -signal.SIGKILL
-        psutil.wait_procs(own, timeout=30)
-        for process in own:
-            if process.is_running():
-                process.kill()
+        try:
+            wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
+        finally:
+            assert driver.poll() is None, driver.stderr.read()
+            kill(driver)
         assert states() == ["FINISHED", "RUNNING"]
         (first,) = [c for c in tracking.children(run_id, "tiny") if c.status() == "FINISHED"]
         ended = first.client.get_run(first.ref.id).info.end_time
