@@ -111,8 +111,8 @@ def interval(scores: Floats, level: float = 0.95) -> list[float]:
 
 
 def p_value(differences: Floats) -> float:
-    """Two-sided p of no difference, from the difference's resampled values (Efron and Tibshirani 1993, chapter 15):
-    twice the share on the other side of 0. Never 0: no share is smaller than one resample."""
+    """Two-sided p of no difference, from the difference's resampled values: the level at which the percentile
+    interval would just touch 0, twice the share on its other side. Never 0: no share is below one resample."""
     below, above = int((differences <= 0).sum()), int((differences >= 0).sum())
     return min(1.0, 2 * (min(below, above) + 1) / (len(differences) + 1))
 
