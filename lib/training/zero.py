@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration from ours, the engine, and one whole state dict out of its shards."""
+"""DeepSpeed: its configuration from ours, the engine, and what was trained out of its shards."""
 
 from __future__ import annotations
 
