@@ -9,7 +9,10 @@ batches.py      batches of like lengths, the same number on every worker
 checkpoints.py  what a checkpoint holds, and which of them are whole
 search.py       many trainings at once, by Ray Tune; space.py, what may be tried; trials_plots.py, their pictures
 population.py   population based training: trials that take over from better ones
-zero.py         DeepSpeed: its configuration, the engine, its checkpoints, consolidated weights
+trainable.py    which parameters are trained and how fast; adapters.py, LoRA and DoRA among them
+restore.py      from a checkpoint to one whole model, for the export
+overrides.py    a user's own DeepSpeed configuration over ours
+zero.py         DeepSpeed: its configuration, the engine, its checkpoints, what was trained out of them
 dropout.py      dropout at the speed of the rest, on a CPU
 curves.py       the run's curves as a picture
 """

@@ -19,6 +19,8 @@ FREE = {
     "keep_checkpoints",
     "max_failures",
     "log_every",
+    "gradient_checkpointing",
+    "zero_init",
     "ignore_plan",
 }
 

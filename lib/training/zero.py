@@ -1,4 +1,4 @@
-"""DeepSpeed: its configuration from ours, the engine, and one whole state dict out of its shards."""
+"""DeepSpeed: its configuration from ours, the engine, and what was trained out of its shards."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,10 @@ def load(engine: Any, folder: Path) -> None:
     """
     groups = engine.optimizer.param_groups
     own = [{key: group[key] for key in ("weight_decay", "lr_scale")} for group in groups]
+    if hasattr(engine.optimizer, "bit16_groups"):
+        engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir = partial(
+            _load_universal, engine.optimizer
+        )
     path, _ = engine.load_checkpoint(
         str(folder), tag=ENGINE, load_module_strict=not is_partial(engine.module)
     )
@@ -156,6 +161,30 @@ def load(engine: Any, folder: Path) -> None:
     # From a universal checkpoint ZeRO-3 gives every group what the first one had.
     for group, values in zip(engine.optimizer.param_groups, own, strict=True):
         group.update(values)
+
+
+def _load_universal(optimizer: Any, _: str, folder: str) -> None:
+    """What ZeRO-1 and 2 keep of a universal checkpoint: this rank's part of every parameter's weights and moments.
+
+    DeepSpeed's own (`DeepSpeedOptimizer.load_hp_checkpoint_state_from_checkpoint_dir`) stops with an IndexError
+    on a rank that holds nothing of a group, such as the two biases of a head beside an adapter.
+    """
+    from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
+
+    parts = Path(folder) / "zero"
+    saved = torch.load(parts / "optimizer_state.pt", weights_only=False)
+    optimizer._load_global_state(saved)
+    inner = optimizer.optimizer
+    for group, saved_group, parameters in zip(
+        inner.param_groups, saved["param_groups"], optimizer.bit16_groups, strict=True
+    ):
+        own = [p for p in parameters if p._hp_mapping is not None]
+        steps = [p.load_hp_checkpoint_state(str(parts / optimizer.param_names[p]), 0, 1) for p in own]
+        if own:
+            flat = group["params"][0]
+            inner.state[flat]["step"] = steps[0]
+            map_to_flat_opt_states(flat, own, inner.state, own[0]._hp_mapping.get_optim_state_keys())
+        group.update({key: value for key, value in saved_group.items() if key != "params"})
 
 
 def is_divided(folder: Path) -> bool:

@@ -8,6 +8,10 @@ Measured is what a worker's process holds (resident memory, read from the kernel
 it had that model, a tiny one trained and gone: at most while it loads and while it steps, Adam's moments being there. Planned is the same
 layout's largest phase, without libraries and without the validation that is not run here. A checkpoint is
 written and its size compared too, and what a worker sends in a step. `agreement` is 1 - |planned / measured - 1|, to be 0.85 at least.
+
+How the model is read and where its states lie is measured apart: the same shape is written as safetensors and read
+as `lib.training.loop` does, in ZeRO-3 with and without zero.Init, and with offload. Pages of the mapped file do not
+count there: the kernel takes them back when it needs them.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import gc
 import os
 import sys
 import tempfile
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +89,30 @@ def peak_resident(reset: bool = False) -> int:
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
     return 1024 * peak
+
+
+class Private:
+    """The most that this process holds of its own inside the block, mapped files left out (proc(5): RssAnon)."""
+
+    def __enter__(self) -> Private:
+        self.bytes, self._ends = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        # The kernel keeps no peak of this figure, so it is looked at as often as does no harm.
+        while not self._ends.wait(0.002):
+            self.bytes = max(self.bytes, private_bytes())
+
+
+def private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
 def tensor_bytes() -> int:
@@ -168,8 +197,53 @@ def worker(config: dict[str, Any]) -> list[dict[str, int]]:
     return everyone
 
 
+def reader(config: dict[str, Any]) -> list[dict[str, int]]:
+    """Read a model from a directory as the loop does and train some steps; private bytes of every worker."""
+    import torch
+    import torch.distributed as dist
+    from transformers import AutoModelForCausalLM
+
+    from lib.training import loop, trainable, zero
+
+    assert loop
+    torch.set_num_threads(1)
+    layout, base = Layout(**config["layout"]), Path(config["base"])
+    training = TrainingSettings(
+        zero_stage=layout.zero_stage,  # type: ignore[arg-type]
+        precision=layout.precision,  # type: ignore[arg-type]
+        zero_init=layout.zero_init,
+        offload=layout.offload,
+    )
+    tiny = zero.initialize(build(architecture.llama("tiny", 1, 64, 2, 2, 64, 64)), training)
+    train(tiny, 64, layout)
+    tiny.destroy()
+    del tiny
+    gc.collect()
+    baseline = private_bytes()
+    with Private() as loading, zero.divided(training):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+        model = trainable.prepare(model, base, training)
+    model.config.use_cache = False
+    engine = zero.initialize(model, training, base=base)
+    train(engine, model.config.vocab_size, layout)
+    with Private() as stepping:
+        for _ in range(STEPS - 1):
+            train(engine, model.config.vocab_size, layout)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    mine = {"loading": loading.bytes - baseline, "stepping": stepping.bytes - baseline}
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def measure(shape: Architecture, layout: Layout, folder: str) -> list[Measured]:
     """Run `worker` on Ray Train workers; Ray is connected already."""
+    return [Measured(**fields) for fields in on_workers(shape, layout, folder)]
+
+
+def on_workers(
+    shape: Architecture, layout: Layout, folder: str, base: str | None = None
+) -> list[dict[str, int]]:
+    """What `worker` returns, or `reader` where there is a directory to read from."""
     from dataclasses import asdict
 
     from ray.train import RunConfig, ScalingConfig
@@ -179,13 +253,14 @@ def measure(shape: Architecture, layout: Layout, folder: str) -> list[Measured]:
     if "HF_HUB_OFFLINE" in os.environ:
         environment["HF_HUB_OFFLINE"] = os.environ["HF_HUB_OFFLINE"]
     trainer = TorchTrainer(
-        worker,
-        train_loop_config={"shape": asdict(shape), "layout": asdict(layout)},
+        worker if base is None else reader,
+        train_loop_config={"shape": asdict(shape), "layout": asdict(layout), "base": base},
         scaling_config=ScalingConfig(num_workers=layout.workers, resources_per_worker={"CPU": 0.5}),
         torch_config=TorchConfig(backend="gloo"),
         run_config=RunConfig(storage_path=folder, worker_runtime_env={"env_vars": environment}),
     )
-    return [Measured(**fields) for fields in trainer.fit().return_value]
+    fields: list[dict[str, int]] = trainer.fit().return_value
+    return fields
 
 
 def planned_stepping(shape: Architecture, layout: Layout) -> memory.Phase:
@@ -208,7 +283,31 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 measured = measure(shape, layout, folder)
             compare(report, shape, layout, measured)
+    read(report, shape)
     report.finish()
+
+
+def read(report: Report, shape: Architecture) -> None:
+    """Rows for zero.Init and offload, of a model that is read from disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        build(shape).save_pretrained(base)
+        for zero_init, offload in ((False, "none"), (True, "none"), (True, "optimizer"), (True, "all")):
+            layout = Layout(
+                3, 2, 2, tokens=256, sequence=128, gpu=False, zero_init=zero_init,
+                offload=offload,  # type: ignore[arg-type]
+            )  # fmt: skip
+            measured = on_workers(shape, layout, str(Path(folder) / "ray"), str(base))
+            case = f"ZeRO-3 bf16, {'zero.Init' if zero_init else 'whole model'}, offload {offload}"
+            planned = memory.load(shape, layout) - HOST_LIBRARIES
+            loading = max(m["loading"] for m in measured)
+            report.row(f"{case}: loading", planned / GIB, rival="measured", theirs=loading / GIB, unit="GiB")
+            stepping = max(m["stepping"] for m in measured)
+            phase = planned_stepping(shape, layout)
+            planned = sum(phase.device.values()) + sum(phase.host.values()) - HOST_LIBRARIES
+            report.row(
+                f"{case}: stepping", planned / GIB, rival="measured", theirs=stepping / GIB, unit="GiB"
+            )
 
 
 def compare(report: Report, shape: Architecture, layout: Layout, measured: list[Measured]) -> None:

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 200
+TIMEOUT_S = 280
 
 
 class Ranks:

@@ -1,26 +1,76 @@
-"""The whole line with an adapter: Ray Train, ZeRO-3, gradient checkpointing, a killed worker, the export."""
+"""From a task to an exported model with an adapter; with Ray Train, ZeRO-3, gradient checkpointing and a kill too."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from ray.train import Checkpoint
 
 from lib import storage as files
 from lib import tracking
+from lib.artifacts import RunRef
+from lib.settings import Settings
+from lib.tasks import load_task
 from lib.training import checkpoints
-from lib.training.fit import fit
+from lib.training.fit import export, fit
 from tests.training.engines import DIVIDED
+from tests.training.ranks import Ranks
 from tests.training.test_fit import make_dataset, settings_for
 from tests.training.test_resume import kill_a_worker, meanwhile
+
+
+def answers(values: dict[str, Any], shard: str, to: Path, seed: int) -> torch.Tensor:
+    """Train a task's model a few steps through the loop's own engine and save it; logits of some rows."""
+    from lib.training import loop
+
+    settings = Settings.model_validate(values)
+    engine, task = loop.build_engine(settings), load_task(settings.task)
+    batch = task.collate(pq.read_table(shard).slice(0, 8), 0)
+    balance = dict.fromkeys(settings.data.label_names, 1.0)
+    for _ in range(3):
+        engine.backward(task.loss(engine, batch, settings, balance)[0], scale_wrt_gas=False)
+        engine.step()
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    checkpoints.write_engine(engine, to, seed)
+    engine.destroy()
+    return logits.clone()
+
+
+@pytest.mark.parametrize(
+    "means", [{"adapter": {"rank": 4, "kind": "dora"}}, {"layers": 1}, {}], ids=["dora", "layers", "all"]
+)
+def test_a_task_is_exported_with_the_logits_it_was_trained_to(
+    means: dict[str, Any], alone: Ranks, storage: Path, tiny_base: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    more = {"zero_stage": 3, "gradient_checkpointing": True, "neftune_alpha": 5.0, "deepspeed": DIVIDED}
+    settings = settings_for(tiny_base, **more, **means)
+    dataset, run = make_dataset(settings), RunRef("a1", "tiny")
+    shard = dataset.shards("train")[0].removeprefix("file://")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (trained,) = alone.run(answers, settings.model_dump(mode="json"), shard, folder, 0)
+    export(settings, dataset, run, Checkpoint.from_directory(folder))
+    with files.local_copy(run.model_uri) as model:
+        plain = AutoModelForSequenceClassification.from_pretrained(model).eval()
+    batch = load_task("sentiment").collate(pq.read_table(shard).slice(0, 8), 0)
+    with torch.no_grad():
+        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    assert torch.allclose(logits, trained, atol=1e-5)
+    assert files.exists(run.adapter_uri) == ("adapter" in means)
 
 
 @pytest.mark.slow
 def test_an_adapter_is_trained_goes_on_after_a_kill_and_is_exported_merged_and_alone(
     ray_cluster: None, storage: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

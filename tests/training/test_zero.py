@@ -12,18 +12,20 @@ from lib.training import zero
 from tests.training.engines import Job, run
 from tests.training.ranks import Ranks
 
-HEAD = "AutoModelForCausalLM"
+WORDS, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 LORA = {"adapter": {"rank": 3}}
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "stage", "means"),
+    ("before", "after", "stage", "means", "head"),
     [
-        (2, 1, 2, {}),
-        (2, 1, 3, LORA),
-        (1, 2, 1, LORA),
-        (1, 2, 2, {"layer_decay": 0.5}),
-        (1, 2, 3, {"layer_decay": 0.5}),
+        (2, 1, 2, {}, WORDS),
+        (2, 1, 3, LORA, WORDS),
+        (1, 2, 1, LORA, WORDS),
+        (1, 2, 2, {"layer_decay": 0.5}, WORDS),
+        (1, 2, 3, {"layer_decay": 0.5}, WORDS),
+        # The two biases of the head are a group of their own, of which the second rank holds nothing.
+        (1, 2, 2, LORA, CLASSES),
     ],
 )
 def test_weights_and_optimiser_are_carried_over(
@@ -31,19 +33,22 @@ def test_weights_and_optimiser_are_carried_over(
     after: int,
     stage: int,
     means: dict[str, Any],
+    head: str,
     alone: Ranks,
     pair: Ranks,
+    tiny_base: Path,
     tiny_llama: Path,
     tmp_path: Path,
 ) -> None:
     ranks = {1: alone, 2: pair}
+    base = tiny_llama if head == WORDS else tiny_base
     training = means | {"zero_stage": stage, "weight_decay": 0.1}
     first, second = tmp_path / "first", tmp_path / "second"
-    saved = ranks[before].run(run, Job(tiny_llama, HEAD, training, to=first, keeps_states=True))[0]
+    saved = ranks[before].run(run, Job(base, head, training, to=first, keeps_states=True))[0]
     assert zero.is_divided(first)
     zero.to_universal(first, second)
     loaded = ranks[after].run(
-        run, Job(tiny_llama, HEAD, training, came_from=second, steps=0, universal=True, keeps_states=True)
+        run, Job(base, head, training, came_from=second, steps=0, universal=True, keeps_states=True)
     )
     for outcome in loaded:
         assert outcome.counts == saved.counts == {3.0}
