@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(
             f"error: {arguments.data} holds no {FILE}; give its folder with make bench-phrasebank DATA=DIR"
         )
-    folder = Path(".whorl/bench/phrasebank")
+    folder = Path(".whorl/bench/phrasebank").resolve()  # workers have folders of their own
     sizes = write_splits(read(arguments.data / FILE), folder)
     print(
         f"sentences: {', '.join(f'{rows:,} {split}' for split, rows in sizes.items())} (split seed {SPLIT_SEED})"

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lib.artifacts import TaskFile
+from lib.data.plan import plan
 from lib.encoders import softmax
-from lib.errors import ConfigError
+from lib.errors import ConfigError, DataError
 from lib.labels import MISSING, UNKNOWN
 from lib.settings import ServingSettings, Settings
 from lib.tasks import sentiment
@@ -214,3 +215,24 @@ def test_a_head_of_one_label_and_no_labels_at_all() -> None:
         sentiment.columns(one.data)
     with pytest.raises(ConfigError, match=r"data\.labels: at least two"):
         sentiment.columns(settings_for(heads={}).data)
+
+
+def test_a_column_that_is_not_there_is_named_by_its_key(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("text,stars,abuot\ngreat,2,fit\n")
+    settings = settings_for(tiny_base)
+    data = settings.data.model_copy(update={"source": str(tmp_path / "x.csv")})
+    with pytest.raises(
+        DataError, match=r"no column 'about' \(data\.heads\.topic\.column\); did you mean 'abuot'"
+    ):
+        plan(settings.model_copy(update={"data": data}))
+    (tmp_path / "x.csv").write_text("text,stars,about\ngreat,2,fit\n")
+    first = plan(settings.model_copy(update={"data": data})).ref
+    heavier = {
+        **settings.data.heads,
+        "topic": settings.data.heads["topic"].model_copy(update={"weight": 9.0}),
+    }
+    again = data.model_copy(update={"heads": heavier})
+    assert plan(settings.model_copy(update={"data": again})).ref == first  # no row is another
+    fewer = {name: settings.data.heads[name] for name in ("sentiment",)}
+    other = data.model_copy(update={"heads": fewer})
+    assert plan(settings.model_copy(update={"data": other})).ref != first
