@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray._private.state import actors
 from ray.cluster_utils import Cluster
 
 from lib import tracking
@@ -47,27 +47,25 @@ class Nodes:
 
     def kill(self) -> None:
         """SIGKILL the second node's raylet and all that ran on it, as when the machine is gone."""
-        processes = list(descendants(self.nodes[1]))
+        processes = descendants(self.nodes[1])
         self.cluster.remove_node(self.nodes.pop(), allow_graceful=False)
         for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
     def workers(self) -> list[int]:
-        """Train workers on each node."""
-        return [sum(is_worker(p) for p in descendants(node)) for node in self.nodes]
+        """Train workers on each node, by Ray's own account: processes of an earlier run may take a while to end."""
+        names = {node["NodeID"]: node["RayletSocketName"] for node in ray.nodes()}
+        alive = actors(actor_state_name="ALIVE").values()
+        places = [names.get(a["Address"]["NodeID"]) for a in alive if "RayTrainWorker" in a["ActorClassName"]]
+        return [places.count(node.raylet_socket_name) for node in self.nodes]
 
 
-def descendants(node: Any) -> Iterator[psutil.Process]:
+def descendants(node: Any) -> list[psutil.Process]:
     (raylet,) = node.all_processes["raylet"]
     with suppress(psutil.NoSuchProcess):
-        yield from psutil.Process(raylet.process.pid).children(recursive=True)
-
-
-def is_worker(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return "RayTrainWorker" in " ".join(process.cmdline())
-    return False
+        return psutil.Process(raylet.process.pid).children(recursive=True)
+    return []
 
 
 def is_committed(folder: str) -> bool:
@@ -77,11 +75,10 @@ def is_committed(folder: str) -> bool:
 
 
 def disturb(nodes: Nodes, happens: str, folder: str, fitting: Future[Any]) -> dict[str, Any]:
-    """Do what happens to the run; the largest number of workers on each node before and after it."""
-    before, after = [0, 0], [0, 0]
+    """Do what happens to the run; the workers on each node before, and the most there were after it."""
     while not is_committed(folder) and not fitting.done():
-        before = [max(pair) for pair in zip(before, nodes.workers(), strict=True)]
         time.sleep(0.05)
+    before, after = nodes.workers(), [0, 0]
     if happens != "nothing":
         nodes.kill()
     if happens == "replace":
