@@ -7,7 +7,7 @@
 
 Two deployments. `Chat`, the ingress, checks a request and turns every mistake into OpenAI's form of an error;
 `Engine` holds one version's vLLM and its processes. Another champion is another argument of both, so that
-`serve.deploy` replaces the engine: with one replica, requests wait until the new one has started.
+`serve.deploy` replaces them, replica by replica: with one, nobody is answered until the new engine has started.
 """
 
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
