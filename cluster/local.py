@@ -57,6 +57,7 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if _has_haproxy() else "0",
         # Its log files have it all; on stderr, a line for each request would reach every driver.
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
         # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
         # A job's `python` is the first on the head's path.

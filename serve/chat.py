@@ -7,7 +7,7 @@
 
 Two deployments. `Chat`, the ingress, checks a request and turns every mistake into OpenAI's form of an error;
 `Engine` holds one version's vLLM and its processes. Another champion is another argument of both, so that
-`serve.deploy` replaces the engine: with one replica, requests wait until the new one has started.
+`serve.deploy` replaces them, replica by replica: with one, nobody is answered until the new engine has started.
 """
 
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
@@ -171,6 +171,7 @@ def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None =
     engine: dict[str, Any] = {
         "dtype": chat.dtype,
         "load_format": "safetensors",
+        "use_tqdm_on_load": False,
         "max_num_seqs": chat.max_num_seqs,
         "tensor_parallel_size": chat.tensor_parallel,
         "enforce_eager": not gpu if chat.enforce_eager is None else chat.enforce_eager,
@@ -213,7 +214,7 @@ def _environment(serving: ServingSettings) -> dict[str, str]:
         **given,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_LOGGING_LEVEL": "ERROR",
     }
     if serving.threads is not None and not on_gpu(serving):
         # Else vLLM binds threads to all cores but one, which it leaves to its scheduler.
