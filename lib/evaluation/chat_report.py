@@ -144,7 +144,8 @@ def render(report: EvalReport) -> str:
     """The report as text."""
     answers = answers_of(report)
     parts = [
-        f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test dialogues, "
+        f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test dialogues with "
+        f"{answers.prompts:,} different prompts, "
         f"{answers.tokens:,} answer tokens, {answers.generated:,} answers generated",
         table(["", "before", "after", "difference (95%)", "nearest", "references"], comparison(report)),
         judged(report),
