@@ -10,6 +10,7 @@ Shapes: P packs, L positions, N positions whose next token carries loss, D hidde
 
 from __future__ import annotations
 
+import inspect
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ PADDING = -1
 """The `sequence` of positions that hold nothing."""
 # Sequences are computed together when the shortest is no shorter than this share of the longest.
 LIKE = 0.8
+# Up to this length the fused bf16 kernel is slower on a CPU than plain matrix products are, backwards above all:
+# four times at 60 tokens, a third at 256.
+WRITTEN_OUT = 512
 # Elements of logits that exist at a time: 128 MiB in fp32.
 LOGITS = 1 << 25
 # What some models do to their logits behind the vocabulary projection; those go the plain way.
@@ -43,7 +47,7 @@ CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 def pretrained(base: Path, settings: Settings) -> nn.Module:
     """The base model in fp32, ready for `token_losses`.
 
-    Raises ModelError when it is no causal model or `model.max_length` is above its positions.
+    Raises ModelError when it is no causal model, cannot be packed, or has fewer positions than `model.max_length`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -64,16 +68,21 @@ def pretrained(base: Path, settings: Settings) -> nn.Module:
         )
     except ValueError as error:
         raise ModelError(f"{settings.model.base} is no causal language model: {error}") from error
-    model.set_attn_implementation(attention_for(config))  # type: ignore[operator]
+    if "position_ids" not in inspect.signature(type(model).forward).parameters:
+        raise ModelError(
+            f"{settings.model.base} takes no position ids, which packs need; choose another base model"
+        )
+    half = settings.training.precision != "fp32"
+    model.set_attn_implementation(attention_for(config, half))  # type: ignore[operator]
     return with_token_losses(model)
 
 
-def attention_for(config: Any) -> str:
-    """The attention that packs are trained with on this machine."""
+def attention_for(config: Any, half: bool = True) -> str:
+    """The attention that packs are trained with on this machine; `half`: in bf16 or fp16."""
     if torch.cuda.is_available():
         from transformers.utils import is_flash_attn_2_available
 
-        return FLASH if is_flash_attn_2_available() else "sdpa"
+        return FLASH if half and is_flash_attn_2_available() else "sdpa"
     # A window narrower than a sequence and capped scores are more than ours knows; transformers' masks know them.
     window, capped = (getattr(config, name, None) for name in ("sliding_window", "attn_logit_softcapping"))
     if window or capped:
@@ -81,12 +90,19 @@ def attention_for(config: Any) -> str:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, no_mask)
+    AttentionMaskInterface.register(ATTENTION, mask)
     return ATTENTION
 
 
-def no_mask(*_: Any, **__: Any) -> None:
-    """Sequences are computed one by one, each causal from its own start: nothing is left to mask."""
+def mask(*arguments: Any, attention_mask: torch.Tensor | None = None, **options: Any) -> torch.Tensor | None:
+    """None for packs: sequences are computed one by one, each causal from its own start, and nothing is left to
+    mask. What comes with a mask of its own, such as prompts padded for generation, gets that of sdpa."""
+    from transformers.masking_utils import sdpa_mask
+
+    if attention_mask is None:
+        return None
+    found: torch.Tensor | None = sdpa_mask(*arguments, attention_mask=attention_mask, **options)
+    return found
 
 
 def attention(
@@ -106,6 +122,11 @@ def attention(
     the sequences, 0 first, and without it there is one. The result is [1, T, heads, width]. Work and memory grow
     with the squares of the sequences' lengths, not with that of T.
     """
+    if attention_mask is not None or query.shape[2] != key.shape[2]:  # generation
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling)
+        return result, None
     if cu_seq_lens_q is None or len(cu_seq_lens_q) == 2:
         return _causal(module, query, key, value, scaling, dropout).transpose(1, 2).contiguous(), None
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]
@@ -128,15 +149,28 @@ def _causal(
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
+    rate = dropout if module.training else 0.0
+    if query.dtype == torch.bfloat16 and query.shape[2] <= WRITTEN_OUT and not rate:
+        return _written_out(query, key, value, scaling or query.shape[-1] ** -0.5)
     return functional.scaled_dot_product_attention(
         query,
         key,
         value,
-        dropout_p=dropout if module.training else 0.0,
+        dropout_p=rate,
         is_causal=query.shape[2] > 1,
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )
+
+
+def _written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The same as plain products, the query's heads of one key head side by side: nothing is repeated."""
+    count, heads, length, width = query.shape
+    shared = query.reshape(count, key.shape[1], -1, width)
+    scores = (torch.matmul(shared, key.transpose(2, 3)) * scaling).view(*shared.shape[:2], -1, length, length)
+    ahead = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
+    weights = torch.softmax(scores.masked_fill(ahead, -torch.inf), -1).view(*shared.shape[:3], length)
+    return torch.matmul(weights, value).view(count, heads, length, width)
 
 
 def groups(ends: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -36,6 +36,7 @@ RESERVED_COLUMNS = {
     "text",
     "label",
     "messages",
+    "pack",
     "tokens",
     "tags",
     "input_ids",

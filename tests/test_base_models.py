@@ -60,3 +60,25 @@ def test_tokenizer_checksum_follows_the_files(tiny_base: Path, tmp_path: Path) -
     assert tokenizer_checksum(str(copy)) == tokenizer_checksum(str(tiny_base))
     (copy / "tokenizer_config.json").write_text("{}")
     assert tokenizer_checksum(str(copy)) != tokenizer_checksum(str(tiny_base))
+
+
+@pytest.mark.slow
+def test_a_gguf_sample_is_converted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the project's own cache, where it stays: the conversion takes longer than all that is looked at here."""
+    import json
+
+    from lib.chat_templates import chat_tokenizer, end_of_turn
+
+    base = "sample://smollm2-135m-instruct"
+    folder = base_directory(base)
+    capsys.readouterr()
+    assert base_directory(base) == folder
+    assert capsys.readouterr().out == ""
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["dtype"], config["num_hidden_layers"]) == ("llama", "bfloat16", 30)
+    assert "quantization_config" not in config
+    tokenizer = chat_tokenizer(base, None)
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == config["eos_token_id"] == end_of_turn(tokenizer)
+    assert tokenizer_checksum(base) == tokenizer_checksum(str(folder))

@@ -69,7 +69,8 @@ def plan(settings: Settings) -> Plan:
         "chat_template": template and template_text(template),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
-    reading = blocks.Reading(tuple(files), columns, task.LISTS, data.rows_per_shard, data.limit)
+    lists = task.LISTS.intersection(columns)
+    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
     return Plan(
         settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
     )

@@ -7,12 +7,11 @@ cuts its window into exactly that many groups. Since all sort by length and all 
 the same seed, their n-th batches are alike in size and nobody waits long for another.
 
 Where rows are packed, a group is some packs instead: sequences of the model's length, each filled with whole rows
-by best-fit decreasing. All packs are about full, so all batches are alike.
+by best-fit decreasing (lib.training.packing). All packs are about full, so all batches are alike.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lib import storage
+from lib.training.packing import batches_of, deal, pack
 
 Indices = NDArray[np.int64]
 PACK = "pack"
@@ -75,46 +75,6 @@ def cut_into(lengths: NDArray[np.int32], budget: int, count: int) -> list[Indice
     return groups
 
 
-def pack(lengths: NDArray[np.int32], context: int) -> list[Indices]:
-    """Row indices in packs of at most `context` tokens, by best-fit decreasing (Johnson et al. 1974): from the
-    longest row to the shortest, each into the fullest pack that still has room for it.
-
-    A single row above `context` is a pack of its own.
-    """
-    packs: list[list[int]] = []
-    rooms: list[tuple[int, int]] = []  # room and number of each pack that has any, sorted
-    for row in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[row])
-        place = bisect.bisect_left(rooms, (length, 0))
-        if place < len(rooms):
-            room, number = rooms.pop(place)
-            packs[number].append(row)
-        else:
-            room, number = context, len(packs)
-            packs.append([row])
-        if room > length:
-            bisect.insort(rooms, (room - length, number))
-    return [np.array(rows, np.int64) for rows in packs]
-
-
-def batches_of(packs: int, budget: int, context: int) -> int:
-    """How many micro-batches of `budget` tokens so many packs make; one holds at least one pack."""
-    return -(-packs // max(1, budget // context))
-
-
-def deal_packs(packs: list[Indices], count: int) -> list[list[Indices]]:
-    """The packs in exactly `count` micro-batches, alike in number, in the given order.
-
-    With fewer packs than that, the fullest are halved first, so that each has one; there must be as many rows.
-    """
-    packs = list(packs)
-    while len(packs) < count:
-        most = max(range(len(packs)), key=lambda i: len(packs[i]))
-        half = (len(packs[most]) + 1) // 2
-        packs[most : most + 1] = [packs[most][:half], packs[most][half:]]
-    return [packs[i * len(packs) // count : (i + 1) * len(packs) // count] for i in range(count)]
-
-
 def plan_window(
     window: pa.Table,
     budget: int,
@@ -141,7 +101,7 @@ def plan_window(
         count = agree_on_largest(batches_of(len(packs), budget, context))
         # The last packs hold the shortest rows and are the least full; all batches get their share of them.
         drawn = np.random.default_rng(random.integers(2**63)).permutation(len(packs))
-        dealt = deal_packs([shuffled[packs[i]] for i in drawn], count)
+        dealt = deal([shuffled[packs[i]] for i in drawn], count)
         parts = [_packed(window, group) for group in dealt]
     totals = add_up(np.array([weigh(part) for part in parts]))
     return [Planned(part, float(total)) for part, total in zip(parts, totals, strict=True)]

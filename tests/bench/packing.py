@@ -75,7 +75,7 @@ def losses(base: str, table: pa.Table) -> dict[str, NDArray[np.float64]]:
     from lib.base_models import base_directory
     from lib.settings import Settings
     from lib.tasks import chat
-    from lib.training import batches
+    from lib.training import packing
 
     settings = Settings.model_validate(
         {
@@ -94,7 +94,7 @@ def losses(base: str, table: pa.Table) -> dict[str, NDArray[np.float64]]:
 
     lengths = table["length"].to_numpy()
     numbers = np.empty(len(lengths), np.int32)
-    for number, members in enumerate(batches.pack(lengths, CONTEXT)):
+    for number, members in enumerate(packing.pack(lengths, CONTEXT)):
         numbers[members] = number
     packed = causal.collate(table.append_column("pack", pa.array(numbers)), 0)
     alone = [by_row(causal.collate(table.slice(i, 1), 0))[0] for i in range(table.num_rows)]
@@ -112,18 +112,20 @@ def main() -> None:
     parser.add_argument("--base", default=BASE)
     parser.add_argument("--compared", type=int, default=40, help="examples whose losses are compared")
     arguments = parser.parse_args()
-    from lib.training import batches
+    from lib.training import packing
 
     table = rows(arguments.source, arguments.base)
     lengths = table["length"].to_numpy()
     report = Report("packing")
     tokens, random = int(lengths.sum()), np.random.default_rng(0)
-    packs = batches.pack(lengths, CONTEXT)
+    packs = packing.pack(lengths, CONTEXT)
     report.row("examples", len(lengths), unit="rows")
     report.row("tokens of an example, mean", tokens / len(lengths), unit="tokens")
     report.row(
         "pad tokens, packed", in_packs(lengths, packs), unit="share", target=TARGET, higher_is_better=False
     )
+    best_fit = packing.best_fit(lengths, CONTEXT)
+    report.row("pad tokens, best-fit decreasing alone", in_packs(lengths, best_fit), unit="share")
     report.row("pad tokens, packed as they come", in_packs(lengths, as_they_come(lengths)), unit="share")
     shuffled = np.array_split(random.permutation(len(lengths)), -(-len(lengths) // BATCH))
     report.row(f"pad tokens, {BATCH} random rows a batch", padding(lengths, shuffled), unit="share")

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.training import batches
+from lib.training import batches, packing
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=200).map(lambda x: np.array(x, np.int32))
 
 
-@given(LENGTHS)
-def test_every_row_is_in_one_pack_that_holds_it(lengths: np.ndarray) -> None:
-    packs = batches.pack(lengths, 100)
+@pytest.mark.parametrize("pack", [packing.pack, packing.best_fit, packing.exact_fit])
+@given(lengths=LENGTHS)
+def test_every_row_is_in_one_pack_that_holds_it(
+    pack: Callable[..., list[np.ndarray]], lengths: np.ndarray
+) -> None:
+    packs = pack(lengths, 100)
     assert sorted(np.concatenate(packs)) == list(range(len(lengths)))
     filled = [int(lengths[p].sum()) for p in packs]
     assert max(filled) <= 100
-    # Best fit leaves no two packs that would go into one.
+    # No two packs would go into one.
     assert len(packs) == 1 or sorted(filled)[0] + sorted(filled)[1] > 100
 
 
 def test_rows_go_where_they_fit_best() -> None:
-    packs = batches.pack(np.array([6, 5, 4, 3, 2], np.int32), 10)
+    packs = packing.best_fit(np.array([6, 5, 4, 3, 2], np.int32), 10)
     assert [p.tolist() for p in packs] == [[0, 2], [1, 3, 4]]
     # 3 fits behind 7 without a rest and behind 6 with one.
-    assert [p.tolist() for p in batches.pack(np.array([6, 7, 3], np.int32), 10)] == [[1, 2], [0]]
+    assert [p.tolist() for p in packing.best_fit(np.array([6, 7, 3], np.int32), 10)] == [[1, 2], [0]]
+
+
+def test_rows_that_are_alike_are_filled_exactly() -> None:
+    lengths = np.repeat(np.array([47, 48, 50, 51, 56], np.int32), [199, 190, 219, 324, 118])
+    assert len(packing.best_fit(lengths, 1024)) == 53
+    assert len(packing.pack(lengths, 1024)) == 52 == -(-lengths.sum() // 1024)
 
 
 def test_a_row_above_the_context_is_alone() -> None:
-    assert [p.tolist() for p in batches.pack(np.array([3, 12, 3], np.int32), 10)] == [[1], [0, 2]]
+    assert [p.tolist() for p in packing.pack(np.array([3, 12, 3], np.int32), 10)] == [[1], [0, 2]]
 
 
 @given(LENGTHS, st.integers(0, 10), st.integers(50, 400))
 def test_packs_are_dealt_into_exactly_as_many_batches(lengths: np.ndarray, more: int, budget: int) -> None:
-    packs = batches.pack(lengths, 100)
-    count = min(batches.batches_of(len(packs), budget, 100) + more, len(lengths))
-    dealt = batches.deal_packs(packs, count)
+    packs = packing.pack(lengths, 100)
+    count = min(packing.batches_of(len(packs), budget, 100) + more, len(lengths))
+    dealt = packing.deal(packs, count)
     assert len(dealt) == count
     assert all(1 <= len(group) <= max(1, budget // 100) for group in dealt)
     assert sorted(np.concatenate([p for group in dealt for p in group])) == list(range(len(lengths)))
@@ -73,5 +85,5 @@ def test_a_window_is_planned_alike_each_time_and_agreed_upon() -> None:
 
 def test_packs_of_short_rows_have_little_padding() -> None:
     lengths = np.random.default_rng(1).gamma(3, 25, 2000).clip(20, 300).astype(np.int32)
-    packs = batches.pack(lengths, 1024)
+    packs = packing.pack(lengths, 1024)
     assert 1 - lengths.sum() / (len(packs) * 1024) < 0.02
