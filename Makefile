@@ -52,7 +52,7 @@ format: setup  ## put the code into its one form
 	$(BIN)/ruff format .
 
 bench-%: setup  ## bench-training, -serving, -preprocess, -ner (DATA=DIR): side by side with a rival
-	$(BIN)/python -m tests.bench.$* $(if $(DATA),--data $(DATA))
+	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))
 
 lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .whorl/lock && $(PYTHON) -m venv .whorl/lock
