@@ -28,10 +28,10 @@ from lib.settings import EvaluationSettings
 BASE, NEAREST = "base", "nearest"
 DECIDING = "perplexity"
 # Of all rows, from likelihoods; the others are of generated answers.
-LIKELIHOODS = ("perplexity", "bits_per_byte", "preference_accuracy")
+LIKELIHOODS = ("perplexity", "bits_per_byte", "ranking_accuracy", "preference_accuracy")
 # By which a version may be promoted. What counts down, lib.direction says.
-MAY_DECIDE = ("perplexity", "bits_per_byte", "preference_accuracy", "rouge_l", "chrf", "exact_match")
-COMPARED = (*MAY_DECIDE, "repetition", "refusals", "cut")
+MAY_DECIDE = ("perplexity", "bits_per_byte", "ranking_accuracy", "rouge_l", "chrf", "exact_match")
+COMPARED = (*MAY_DECIDE, "preference_accuracy", "repetition", "refusals", "cut")
 MOST_SLICES = 20
 NOT_SLICES = ("id", "length")
 
@@ -208,8 +208,9 @@ def _figures(answered: Answered, asked: Asked, settings: EvaluationSettings) -> 
 def _likelihood(table: pa.Table, system: str) -> dict[str, Additive]:
     """Figures of all rows, of a system that has likelihoods.
 
-    `preference_accuracy`, for pairs: share whose implicit reward (Rafailov et al. 2023) is higher for the chosen
-    answer than for the rejected; of the base, which is its own reference, share whose chosen answer is likelier.
+    For pairs `ranking_accuracy`: share whose chosen answer is likelier than the rejected one (Chen et al. 2024);
+    and, of the model alone, `preference_accuracy`: share whose implicit reward, against the base as reference, is
+    higher for the chosen answer (Rafailov et al. 2023), as training measures it.
     """
 
     def column(name: str) -> Floats:
@@ -224,9 +225,10 @@ def _likelihood(table: pa.Table, system: str) -> dict[str, Additive]:
     }
     if "rejected_loss" in table.column_names:
         margin = column(f"{before}rejected_loss") - losses
+        found["ranking_accuracy"] = mean_of((margin > 0).astype(np.float64))
         if system == MODEL:
-            margin = margin - (column("base_rejected_loss") - column("base_loss"))
-        found["preference_accuracy"] = mean_of((margin > 0).astype(np.float64))
+            reward = margin - (column("base_rejected_loss") - column("base_loss"))
+            found["preference_accuracy"] = mean_of((reward > 0).astype(np.float64))
     return found
 
 

@@ -20,6 +20,7 @@ TEMPLATE = Path(__file__).with_name("chat_report.html.j2")
 HEADINGS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"),
+    "ranking_accuracy": ("ranking accuracy", "{:.3f}"),
     "preference_accuracy": ("preference accuracy", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.3f}"),
     "chrf": ("chrF", "{:.1f}"),

@@ -95,13 +95,19 @@ def test_figures():
     assert [talk["id"] for talk in report.answers.conversations] == ["0000", "0003", "0006", "0009"]
 
 
-def test_implicit_rewards_are_against_the_base():
+def test_pairs_are_ranked_by_likelihood_and_rewarded_against_the_base():
     # The base finds the chosen answer likelier by 1 nat, the model by 3: a margin of 2 for every pair.
     report = measured(rejected=(3.0, 1.0)).report
     assert report.metrics["preference_accuracy"] == 1
-    assert report.baselines["base"]["preference_accuracy"] == 1
+    assert report.metrics["ranking_accuracy"] == report.baselines["base"]["ranking_accuracy"] == 1
+    assert "preference_accuracy" not in report.baselines["base"]
     report = measured(rejected=(0.5, 1.0)).report
     assert report.metrics["preference_accuracy"] == 0
+    assert report.metrics["ranking_accuracy"] == 1
+    report = measured(rejected=(0.5, -1.0)).report
+    assert report.baselines["base"]["ranking_accuracy"] == 0
+    value, low, high = report.answers.differences["ranking_accuracy"]["base"]
+    assert value == low == high == 1
 
 
 def test_intervals_draw_prompts_and_one_prompt_has_none():
@@ -147,8 +153,8 @@ def test_gate_goes_down_for_perplexity_and_past_a_baseline_that_has_none():
         "rouge_l above present champion",
     ]
     assert [c.holds for c in both] == [True, True, False]
-    with pytest.raises(RegistryError, match="no metric 'preference_accuracy' was measured"):
-        gate(report, None, PromotionSettings(metric="preference_accuracy"))
+    with pytest.raises(RegistryError, match="no metric 'ranking_accuracy' was measured"):
+        gate(report, None, PromotionSettings(metric="ranking_accuracy"))
 
 
 def test_prompts():
