@@ -106,6 +106,8 @@ class ModelRef:
 class AnswersReport:
     """Generated answers, in an EvalReport. Names of systems: `model`, and those of the baselines."""
 
+    prompts: int
+    """Different prompts among the dialogues of the split; intervals draw these."""
     generated: int
     """Test dialogues whose last answer was generated; metrics of answers are over these."""
     tokens: int

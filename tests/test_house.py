@@ -52,7 +52,7 @@ def test_readme_commands_exist() -> None:
     text = Path("README.md").read_text()
     makefile = Path("Makefile").read_text()
     for target in re.findall(r"(?:`|^)make ([a-z][a-z-]*)", text, re.M):
-        module = Path(f"tests/bench/{target.removeprefix('bench-')}.py")
+        module = Path(f"tests/bench/{target.removeprefix('bench-').replace('-', '_')}.py")
         assert re.search(rf"^{target}:", makefile, re.M) or (
             target.startswith("bench-") and module.is_file()
         ), target

@@ -7,6 +7,7 @@ prompt is what training saw, cut at the same place, and a perplexity is over the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 import time
@@ -41,8 +42,8 @@ class Answered:
     """What one model made of a split."""
 
     likelihoods: pa.Table
-    """All rows, sorted by id: `id`, `loss` float64 (summed nats over the answer tokens), `tokens`, `bytes` int64,
-    and for pairs `rejected_loss`, of the other answer."""
+    """All rows, sorted by id: `id`, `prompt` (a digest of the tokens before the last answer), `loss` float64 (summed
+    nats over the answer tokens), `tokens`, `bytes` int64, and for pairs `rejected_loss`, of the other answer."""
     answers: pa.Table
     """The prompts' rows in their order: `id`, `answer`, `tokens` int64, `cut` bool."""
     engine: str
@@ -81,6 +82,10 @@ class Answerer:
         )
         scored = {
             "id": rows["id"],
+            "prompt": [
+                prompt_digest(np.asarray(ids, np.int64), wanted)
+                for ids, wanted in zip(rows["input_ids"].to_pylist(), labels, strict=True)
+            ],
             "loss": losses,
             "tokens": tokens,
             "bytes": np.array([len(text.encode()) for text in texts], np.int64),
@@ -142,6 +147,13 @@ class Answerer:
         """Padded tokens of a batch: what the settings say, and no more logits than memory should hold."""
         most = max(likelihood.LOGITS_AT_ONCE // model.config.get_text_config().vocab_size, 1)
         return int(min(self.settings.evaluation.tokens_per_batch, most))
+
+
+def prompt_digest(ids: np.ndarray, labels: np.ndarray) -> str:
+    """16 hex digits: rows with the same tokens before their last answer have the same."""
+    labelled = (labels[1:] != IGNORED).any()
+    before = ids[: likelihood.last_answer(labels)] if labelled else ids
+    return hashlib.sha256(before.tobytes()).hexdigest()[:16]
 
 
 def load_model(folder: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:

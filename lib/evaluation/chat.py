@@ -1,5 +1,6 @@
 """From likelihoods and answers to a report: a chat model beside its base, before and after fine-tuning.
 
+Dialogues with the same prompt are right or wrong together, so the bootstrap draws prompts, not dialogues.
 Systems: `model`; `base`, the same before; `nearest`, which looks the answer up (lib.evaluation.nearest) and so has
 no perplexity. Shapes: N rows of the test split, G of them whose last answer is generated.
 """
@@ -27,10 +28,10 @@ from lib.settings import EvaluationSettings
 BASE, NEAREST = "base", "nearest"
 DECIDING = "perplexity"
 # Of all rows, from likelihoods; the others are of generated answers.
-LIKELIHOODS = ("perplexity", "bits_per_byte", "preference_accuracy")
+LIKELIHOODS = ("perplexity", "bits_per_byte", "ranking_accuracy", "preference_accuracy")
 # By which a version may be promoted. What counts down, lib.direction says.
-MAY_DECIDE = ("perplexity", "bits_per_byte", "preference_accuracy", "rouge_l", "chrf", "exact_match")
-COMPARED = (*MAY_DECIDE, "repetition", "refusals", "cut")
+MAY_DECIDE = ("perplexity", "bits_per_byte", "ranking_accuracy", "rouge_l", "chrf", "exact_match")
+COMPARED = (*MAY_DECIDE, "preference_accuracy", "repetition", "refusals", "cut")
 MOST_SLICES = 20
 NOT_SLICES = ("id", "length")
 
@@ -77,7 +78,7 @@ def measure(
     metrics = {name: _summary(additive[name], one) for name, one in figures.items()}
     for key in [k for k in metrics[NEAREST] if k.startswith("tokens_")]:
         del metrics[NEAREST][key]  # counted in words: it has no tokeniser
-    intervals, differences = _intervals(additive, metrics, settings.bootstrap)
+    intervals, differences = _intervals(additive, metrics, settings.bootstrap, predictions, asked.generated)
     report = EvalReport(
         name=subject.name,
         run=subject.run,
@@ -100,6 +101,7 @@ def measure(
         mistakes=[],
         deciding=deciding,
         answers=AnswersReport(
+            prompts=int(prompts_of(predictions).max()) + 1,
             generated=len(asked.generated),
             tokens=int(predictions["tokens"].to_numpy().sum()),
             reference=_reference(asked),
@@ -123,10 +125,18 @@ def lead(ours: Measured, theirs: Measured, resamples: int, metric: str = DECIDIN
         raise ValueError("the two models were measured on different rows")
     additive = {name: figure for name, (_, figure) in sides.items()}
     value = additive["ours"].value - additive["theirs"].value
-    if not resamples:
+    table = ours.predictions
+    groups = prompts_of(table.filter(pa.compute.is_in(table["id"], pa.array(sides["ours"][0]))))
+    if not resamples or groups.max() == 0:
         return [value]
-    drawn = bootstrap_sums(additive, resamples)
+    drawn = bootstrap_sums(additive, resamples, groups=groups)
     return [value, *interval(drawn["ours"] - drawn["theirs"])]
+
+
+def prompts_of(table: pa.Table) -> np.ndarray:
+    """The prompt of each row, numbered from 0, int64 [N]."""
+    _, places = np.unique(table["prompt"].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+    return np.asarray(places, np.int64)
 
 
 def _stored(measured: Measured, metric: str) -> tuple[list[str], Additive]:
@@ -156,6 +166,7 @@ def _predictions(asked: Asked, model: Answered, base: Answered, nearest: Nearest
     likelihoods = model.likelihoods
     columns: dict[str, Any] = {
         "id": pa.array(ids),
+        "prompt": likelihoods["prompt"],
         "tokens": likelihoods["tokens"],
         "bytes": likelihoods["bytes"],
         "loss": likelihoods["loss"],
@@ -197,8 +208,9 @@ def _figures(answered: Answered, asked: Asked, settings: EvaluationSettings) -> 
 def _likelihood(table: pa.Table, system: str) -> dict[str, Additive]:
     """Figures of all rows, of a system that has likelihoods.
 
-    `preference_accuracy`, for pairs: share whose implicit reward (Rafailov et al. 2023) is higher for the chosen
-    answer than for the rejected; of the base, which is its own reference, share whose chosen answer is likelier.
+    For pairs `ranking_accuracy`: share whose chosen answer is likelier than the rejected one (Chen et al. 2024);
+    and, of the model alone, `preference_accuracy`: share whose implicit reward, against the base as reference, is
+    higher for the chosen answer (Rafailov et al. 2023), as training measures it.
     """
 
     def column(name: str) -> Floats:
@@ -213,9 +225,10 @@ def _likelihood(table: pa.Table, system: str) -> dict[str, Additive]:
     }
     if "rejected_loss" in table.column_names:
         margin = column(f"{before}rejected_loss") - losses
+        found["ranking_accuracy"] = mean_of((margin > 0).astype(np.float64))
         if system == MODEL:
-            margin = margin - (column("base_rejected_loss") - column("base_loss"))
-        found["preference_accuracy"] = mean_of((margin > 0).astype(np.float64))
+            reward = margin - (column("base_rejected_loss") - column("base_loss"))
+            found["preference_accuracy"] = mean_of((reward > 0).astype(np.float64))
     return found
 
 
@@ -230,16 +243,26 @@ def _summary(additive: dict[str, Additive], figures: AnswerFigures) -> dict[str,
 
 
 def _intervals(
-    additive: dict[str, dict[str, Additive]], metrics: dict[str, dict[str, float]], resamples: int
+    additive: dict[str, dict[str, Additive]],
+    metrics: dict[str, dict[str, float]],
+    resamples: int,
+    predictions: pa.Table,
+    generated: np.ndarray,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, list[float]]]]:
-    """Metric → system → interval, and metric → baseline → the model's lead; paired: all on the same resamples."""
+    """Metric → system → interval, and metric → baseline → the model's lead; paired: all on the same resamples.
+
+    A metric over a single prompt has none: nothing can be told of others.
+    """
+    of_all = prompts_of(predictions)
+    of_generated = np.unique(of_all[generated], return_inverse=True)[1]
     intervals: dict[str, dict[str, list[float]]] = {}
     differences: dict[str, dict[str, list[float]]] = {}
     for metric in COMPARED if resamples else ():
         having = {name: ones[metric] for name, ones in additive.items() if metric in ones}
-        if not having:
+        groups = of_all if metric in LIKELIHOODS else of_generated
+        if not having or groups.max() == 0:
             continue
-        drawn = bootstrap_sums(having, resamples)
+        drawn = bootstrap_sums(having, resamples, groups=groups)
         intervals[metric] = {name: interval(scores) for name, scores in drawn.items()}
         differences[metric] = {
             name: [metrics[MODEL][metric] - metrics[name][metric], *interval(drawn[MODEL] - scores)]

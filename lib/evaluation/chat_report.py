@@ -20,6 +20,7 @@ TEMPLATE = Path(__file__).with_name("chat_report.html.j2")
 HEADINGS = {
     "perplexity": ("perplexity", "{:.3f}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"),
+    "ranking_accuracy": ("ranking accuracy", "{:.3f}"),
     "preference_accuracy": ("preference accuracy", "{:.3f}"),
     "rouge_l": ("ROUGE-L", "{:.3f}"),
     "chrf": ("chrF", "{:.1f}"),
@@ -144,7 +145,8 @@ def render(report: EvalReport) -> str:
     """The report as text."""
     answers = answers_of(report)
     parts = [
-        f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test dialogues, "
+        f"{report.name}, run {report.run}, dataset {report.dataset}: {report.rows:,} test dialogues with "
+        f"{answers.prompts:,} different prompts, "
         f"{answers.tokens:,} answer tokens, {answers.generated:,} answers generated",
         table(["", "before", "after", "difference (95%)", "nearest", "references"], comparison(report)),
         judged(report),

@@ -88,19 +88,31 @@ class Additive:
         return float(self.figure(self.values.sum(0)))
 
 
-def bootstrap_sums(figures: Mapping[str, Additive], resamples: int, seed: int = 0) -> dict[str, Floats]:
-    """Each figure [S] on the same S resamples of the same N rows. Raises ValueError for unequal numbers of rows."""
+def bootstrap_sums(
+    figures: Mapping[str, Additive], resamples: int, seed: int = 0, groups: Ints | None = None
+) -> dict[str, Floats]:
+    """Each figure [S] on the same S resamples of the same N rows.
+
+    `groups` [N] numbers from 0 what each row belongs to: whole groups are drawn. Raises ValueError for unequal
+    numbers of rows.
+    """
     rows = {len(one.values) for one in figures.values()}
     if len(rows) != 1:
         raise ValueError("paired figures need the same rows")
     (count,) = rows
+    values = {name: one.values for name, one in figures.items()}
+    if groups is not None:
+        count = int(groups.max()) + 1
+        for name, each in values.items():
+            values[name] = np.zeros((count, each.shape[1]))
+            np.add.at(values[name], groups, each)
     random = np.random.default_rng(seed)
     scores: dict[str, list[Floats]] = {name: [] for name in figures}
     step = max(1, CELLS_AT_ONCE // max(count, 1))
     for start in range(0, resamples, step):
         drawn = random.multinomial(count, np.full(count, 1 / count), size=min(step, resamples - start))
         for name, one in figures.items():
-            scores[name].append(one.figure(drawn @ one.values))
+            scores[name].append(one.figure(drawn @ values[name]))
     return {name: np.concatenate(parts) if parts else np.zeros(0) for name, parts in scores.items()}
 
 

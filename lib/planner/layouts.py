@@ -11,6 +11,7 @@ from lib.planner.architecture import Architecture
 from lib.planner.hardware import Accelerator
 from lib.planner.memory import GIB, Layout, Memory
 from lib.settings import Settings
+from lib.tasks import judged
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def shape(settings: Settings) -> Architecture:
 def base_shape(settings: Settings) -> Architecture:
     """The architecture of `model.base`, with the head that the task puts on it."""
     wanted = settings.plan
-    vocabulary = wanted.head == "vocabulary" or (wanted.head == "auto" and settings.task == "chat")
+    vocabulary = wanted.head == "vocabulary" or (wanted.head == "auto" and judged(settings.task) == "answers")
     return architecture.read(settings.model.base, vocabulary, settings.model.dropout)
 
 

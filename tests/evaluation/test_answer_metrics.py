@@ -131,3 +131,15 @@ def test_distinct_has_no_sum(measured):
     with pytest.raises(KeyError):
         measured.additive("distinct_1")
     assert answer_metrics.MEANS
+
+
+def test_rows_of_one_group_are_drawn_together():
+    random = np.random.default_rng(2)
+    per_group = random.normal(5, 2, 30)
+    groups = np.repeat(np.arange(30), 10)
+    repeated = answer_metrics.mean_of(per_group[groups])
+    alone = bootstrap_sums({"a": answer_metrics.mean_of(per_group)}, 2000)["a"].std()
+    together = bootstrap_sums({"a": repeated}, 2000, groups=groups)["a"].std()
+    assert together == pytest.approx(alone, rel=0.1)
+    # Ten copies of a row tell no more than one: without the groups the interval would be too narrow.
+    assert bootstrap_sums({"a": repeated}, 2000)["a"].std() < alone / 2

@@ -117,6 +117,9 @@ def test_before_and_after(settings: Settings, ray_cluster: None, server: Server,
     assert sum(part["rows"] for part in report.slices["topic"].values()) == 24
     assert sum(part["answers"] for part in report.slices["topic"].values()) == 20
     assert set(report.slices["topic"]) == set(GOOD)
+    assert report.answers.prompts == len(
+        {tuple(row["input_ids"][: last_answer(np.array(row["labels"]))]) for row in rows}
+    )
     assert report.answers.judge["pairs"] == 6
     assert len(server.seen) == 1 + 2 * 6
     assert KEY not in local(run.ref.evaluation_uri).joinpath("report.json").read_text()

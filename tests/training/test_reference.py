@@ -84,5 +84,6 @@ def test_preference_tuning_from_pairs_to_a_measured_chat_model(database: Path, t
     report = files.read(run.ref.evaluation_uri).report
     assert report.metrics["preference_accuracy"] > 0.9
     assert report.rows == 24
+    assert report.metrics["ranking_accuracy"] >= report.baselines["base"]["ranking_accuracy"]
     low, high = report.answers.intervals["preference_accuracy"]["model"]
     assert low <= report.metrics["preference_accuracy"] <= high
