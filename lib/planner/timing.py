@@ -156,9 +156,10 @@ def run(one: Step, tokens: int, workers: int, price: float | None) -> Run:
 def checkpoint(model: Architecture, layout: Layout) -> int:
     """Bytes of a checkpoint that can be resumed: weights, fp32 master weights, two moments.
 
-    ZeRO-3 writes trained weights as master weights only; without a copy there is one set of weights.
+    Of what is trained: frozen weights are the base model's. ZeRO-3 writes weights as master weights only;
+    without a copy there is one set of weights.
     """
     trained = math.ceil(model.parameters * layout.trainable)
-    weights = layout.p * (model.parameters - trained if layout.zero_stage == 3 else model.parameters)
+    weights = 0 if layout.zero_stage == 3 else layout.p * trained
     copied = layout.p < 4 or layout.zero_stage > 0
     return weights + (4 * trained if copied else 0) + 8 * trained

@@ -68,11 +68,11 @@ def merge(ours: dict[str, Any], training: TrainingSettings) -> dict[str, Any]:
     theirs = training.deepspeed or {}
     if isinstance(theirs, str):
         raise ValueError("training.deepspeed is still the name of a file; see resolve")
-    refuse(theirs, ours, training)
+    _refuse(theirs, ours, training)
     return _over(ours, theirs)
 
 
-def refuse(theirs: dict[str, Any], ours: dict[str, Any], training: TrainingSettings) -> None:
+def _refuse(theirs: dict[str, Any], ours: dict[str, Any], training: TrainingSettings) -> None:
     said = {"gradient_accumulation_steps": training.accumulation}
     for key, value in _flat(theirs):
         owner = next((o for k, o in OWNED.items() if key == k or key.startswith(f"{k}.")), None)

@@ -32,11 +32,13 @@ def prepare(model: nn.Module, base: Path, training: TrainingSettings) -> nn.Modu
     `base` is the base model's directory. Raises ConfigError for targets or layers that the model has not,
     and where it cannot do what is asked for.
     """
-    anatomy = Anatomy.of(model, base)
     if training.neftune_alpha:
         _add_noise(model, training.neftune_alpha)
     if training.gradient_checkpointing:
         _checkpoint(model)
+    if not training.adapter and not training.layers:
+        return model
+    anatomy = Anatomy.of(model, base)
     if training.adapter:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(anatomy.is_head(name))

@@ -213,7 +213,9 @@ def to_universal(folder: Path, destination: Path) -> None:
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and fp32 values of each trained parameter, joined from the parts that the workers wrote, one by one.
+    """Name and values of each trained parameter, joined from the parts that the workers wrote, one by one.
+
+    In fp32, but without ZeRO in the type that was trained in.
 
     The files are mapped, not read: no more than one parameter is in memory at a time. They are our own
     run's and never a user's, which is why they may be unpickled.

@@ -126,6 +126,9 @@ def test_a_checkpoint_is_weights_master_weights_and_moments() -> None:
         12 * N,
     ]
     assert timing.checkpoint(SEVEN, Layout(0, precision="fp32")) == 12 * N
+    # Frozen weights are in the base model already.
+    few = Layout(3, 8, trainable=0.01)
+    assert timing.checkpoint(SEVEN, few) == pytest.approx(0.01 * 12 * N, rel=1e-6)
 
 
 def test_the_first_accelerator_of_a_misspelt_name_is_named() -> None:
