@@ -86,7 +86,11 @@ def measure_classes(subject: Subject, model_uri: str, dataset: DatasetRef, setti
 
 def record(run: tracking.Run, report: EvalReport) -> None:
     """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
-    values = {f"test/{METRIC_SAFE.sub('_', name)}": value for name, value in report.metrics.items()}
+    values = {}
+    for name, value in report.metrics.items():
+        head, slash, metric = name.partition("/")
+        inside = f"{head}/" if slash and head in (report.head, *report.others) else ""
+        values[f"test/{inside}{METRIC_SAFE.sub('_', metric if inside else name)}"] = value
     for one in text.reports(report):
         for baseline, figures in one.baselines.items():
             inside = f"test/{one.head}/{baseline}" if one.head else f"test/{baseline}"
