@@ -182,6 +182,8 @@ class TaskFile:
     max_length: int
     base: str
     dataset: str
+    case_markers: bool = False
+    """Whether a token follows each word with capitals (lib.words.pieces)."""
     format: int = 1
     chat_template: str | None = None
     """chat: what `model.chat_template` named; the template itself lies with the tokenizer."""

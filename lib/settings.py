@@ -225,6 +225,8 @@ class ModelSettings(Section):
     """Dropout of the encoder; None keeps what the base model's config says."""
     chat_template: str | None = None
     """chat: `chatml` or the file of a Jinja template; None takes the base model's own."""
+    case_markers: bool = False
+    """tagging: a token behind each word with capitals, for a base whose tokeniser makes everything small."""
     trust_remote_code: bool = False
 
 
@@ -553,6 +555,14 @@ class Settings(Section):
         if value not in known:
             raise ValueError(f"no task {value!r}{nearest(value, known)} (known: {', '.join(known)})")
         return value
+
+    @model_validator(mode="after")
+    def _markers(self) -> Settings:
+        if self.model.case_markers and self.task != "tagging":
+            raise ValueError(
+                f"model.case_markers: {self.task} does not take them, only tagging does; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _weights(self) -> Settings:

@@ -62,6 +62,7 @@ def plan(settings: Settings) -> Plan:
         "task": settings.task,
         "tokenizer": tokenizer,
         "max_length": settings.model.max_length,
+        "case_markers": settings.model.case_markers,
         "sources": [
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],

@@ -9,6 +9,7 @@ Shapes: B sentences, T pieces, W words in all sentences together, C classes.
 
 from __future__ import annotations
 
+import functools
 import json
 import zlib
 from collections.abc import Collection, Sequence
@@ -23,14 +24,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from lib import encoders, entities
 from lib.artifacts import TaskFile, check_model_directory
-from lib.encoders import IGNORED, base_tokenizer, load_tokenizer, save
+from lib.base_models import base_directory
+from lib.encoders import IGNORED, load_tokenizer, save
 from lib.entities import OUTSIDE
 from lib.errors import ConfigError
 from lib.labels import MISSING, UNKNOWN
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
 from lib.tasks import Prepared
 from lib.text import normalise
-from lib.words import Reading, Words, cut_words, first_pieces, tokenize_words
+from lib.words import Reading, Words, cut_words, first_pieces, pieces, special, tokenize_words
 
 if TYPE_CHECKING:
     import torch
@@ -175,21 +177,34 @@ def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
 
     `labels` holds a word's class on its first piece and IGNORED on all others.
     """
-    encodings = base_tokenizer(model.base, model.max_length).encode_batch(
-        rows["tokens"].to_pylist(), is_pretokenized=True
-    )
-    ids, labels = [], []
-    for encoding, tags in zip(encodings, rows["tags"].to_pylist(), strict=True):
-        places, words = first_pieces(encoding.word_ids)
-        row = np.full(len(encoding.ids), IGNORED, np.int32)
-        row[places] = np.asarray(tags, np.int32)[words]
-        ids.append(np.asarray(encoding.ids, np.int32))
+    tokenizer = _base_tokenizer(model.base)
+    before, after = special(tokenizer)
+    room = model.max_length - len(before) - len(after)
+    ids, labels, truncated = [], [], []
+    read = pieces(tokenizer, rows["tokens"].to_pylist(), model.case_markers)
+    for (found, numbers), tags in zip(read, rows["tags"].to_pylist(), strict=True):
+        ids.append(np.array([*before, *found[:room], *after], np.int32))
+        places, words = first_pieces(numbers[:room])
+        row = np.full(len(ids[-1]), IGNORED, np.int32)
+        row[places + len(before)] = np.asarray(tags, np.int32)[words]
         labels.append(row)
+        truncated.append(len(found) > room)
     input_ids, lengths = encoders.lists(ids)
     rows = rows.append_column("input_ids", input_ids)
     rows = rows.append_column("labels", encoders.lists(labels)[0])
     rows = rows.append_column("length", lengths)
-    return rows.append_column("truncated", pa.array([bool(e.overflowing) for e in encodings]))
+    return rows.append_column("truncated", pa.array(truncated, pa.bool_()))
+
+
+@functools.lru_cache(maxsize=4)
+def _base_tokenizer(base: str) -> Tokenizer:
+    return _whole(load_tokenizer(base_directory(base), 1))
+
+
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    """Without truncation: windows are cut from the pieces, so that nothing is lost."""
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def build(base: Path, settings: Settings) -> nn.Module:
@@ -287,10 +302,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     info = TaskFile.read(folder, "tagging")
     encoder = load_token_encoder(folder, serving)
     encoders.check_classes(folder, encoder.classes, info)
-    # Windows are cut by `read`, so that nothing is lost behind the longest sequence.
-    tokenizer = load_tokenizer(folder, info.max_length)
-    tokenizer.no_truncation()
-    return Predictor(info, tokenizer, encoder)
+    return Predictor(info, _whole(load_tokenizer(folder, info.max_length)), encoder)
 
 
 def class_logits(predictor: Predictor, reading: Reading, logits: Sequence[np.ndarray]) -> np.ndarray:
@@ -310,7 +322,12 @@ def class_logits(predictor: Predictor, reading: Reading, logits: Sequence[np.nda
 
 def read(predictor: Predictor, texts: Sequence[Words]) -> Reading:
     """The windows that the model has to compute for texts."""
-    return tokenize_words(predictor.tokenizer, predictor.info.max_length, [found for found, _ in texts])
+    return _read(predictor, [found for found, _ in texts])
+
+
+def _read(predictor: Predictor, sentences: list[list[str]]) -> Reading:
+    info = predictor.info
+    return tokenize_words(predictor.tokenizer, info.max_length, sentences, info.case_markers)
 
 
 def predict(predictor: Predictor, request: Request) -> Response:
@@ -365,7 +382,7 @@ NOT_CARRIED = ("id", "tokens", "tags", "input_ids", "labels", "truncated")
 
 def predict_rows(predictor: Predictor, rows: pa.Table) -> Outputs:
     """`logits` [W, C] for the words of rows of a dataset, by the model's own tokeniser."""
-    reading = tokenize_words(predictor.tokenizer, predictor.info.max_length, rows["tokens"].to_pylist())
+    reading = _read(predictor, rows["tokens"].to_pylist())
     return {"logits": class_logits(predictor, reading, predictor.encoder.logits(reading.rows))}
 
 

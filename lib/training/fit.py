@@ -183,6 +183,7 @@ def export(settings: Settings, dataset: DatasetRef, run: RunRef, checkpoint: Any
         base=settings.model.base,
         dataset=dataset.fingerprint,
         chat_template=settings.model.chat_template,
+        case_markers=settings.model.case_markers,
     )
     with storage.publish(run.model_uri) as folder:
         task.save(model, base, info, folder)

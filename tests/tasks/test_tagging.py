@@ -14,11 +14,13 @@ import torch
 
 from lib import entities
 from lib.artifacts import TaskFile
+from lib.base_models import base_directory
+from lib.encoders import load_tokenizer
 from lib.errors import ConfigError, ModelError
 from lib.labels import MISSING, UNKNOWN
-from lib.settings import ServingSettings, Settings
+from lib.settings import ModelSettings, ServingSettings, Settings
 from lib.tasks import load_task, tagging
-from lib.words import cut_words, first_pieces, windows
+from lib.words import case_of, cut_words, first_pieces, tokenize_words, windows
 
 CLASSES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 SENTENCES = [
@@ -251,6 +253,49 @@ def test_items_are_words_in_order_with_their_rows(tiny_base: Path) -> None:
     assert perfect["entity_f1"] == perfect["entity_f1/PER"] == 1
     outside = tagging.row_metrics(items, np.zeros(len(items), np.int64), CLASSES)
     assert outside["entity_f1"] == 0
+
+
+def test_a_marker_follows_each_word_with_capitals() -> None:
+    base = ModelSettings(base="sample://minilm-l6", max_length=12, case_markers=True)
+    sentence = ["EU", "rejects", "a", "McDonald", "in", "Brussels", "U.S.", "iPhone", "A", "1996"]
+    rows = pa.table({"tokens": [sentence, ["small"]], "tags": [[3, 0, 0, 3, 0, 3, 3, 0, 0, 0], [0]]})
+    found = tagging.encode(rows, base)
+    tokenizer = load_tokenizer(base_directory(base.base), 64)
+    shown = [tokenizer.id_to_token(i) for i in found["input_ids"][0].as_py()]
+    assert shown == [
+        "[CLS]",
+        "eu",
+        "[unused2]",
+        "rejects",
+        "a",
+        "mcdonald",
+        "[unused3]",
+        "in",
+        "brussels",
+        "[unused1]",
+        "u",
+        "[SEP]",
+    ]
+    assert found["labels"][0].as_py() == [-100, 3, -100, 0, 0, 3, -100, 0, 3, -100, 3, -100]
+    assert found["truncated"].to_pylist() == [True, False]
+    assert [case_of(word) for word in sentence] == [1, None, None, 2, None, 0, 1, 2, 0, None]
+    tokenizer.no_truncation()
+    reading = tokenize_words(tokenizer, 12, [sentence], cased=True)
+    seen = [
+        (word, tokenizer.id_to_token(row[piece]))
+        for row, places in zip(reading.rows, reading.places, strict=True)
+        for _, word, piece in places
+    ]
+    assert seen == list(
+        enumerate(["eu", "rejects", "a", "mcdonald", "in", "brussels", "u", "iphone", "a", "1996"])
+    )
+    assert max(len(row) for row in reading.rows) <= 12
+
+
+def test_markers_need_a_vocabulary_that_has_them(tiny_base: Path) -> None:
+    model = ModelSettings(base=str(tiny_base), max_length=12, case_markers=True)
+    with pytest.raises(ConfigError, match=r"model.case_markers: the base's vocabulary has no \[unused1\]"):
+        tagging.encode(pa.table({"tokens": [["A"]], "tags": [[0]]}), model)
 
 
 def test_counts_and_tell() -> None:
