@@ -132,7 +132,7 @@ class Answerer:
             with storage.local_copy(self.tokenizer_uri) as folder:
                 tokenizer = load_tokenizer(folder)
                 own = generation_ends(folder)
-            if self.model_uri == self.tokenizer_uri or storage.published(self.model_uri):
+            if self.model_uri == self.tokenizer_uri:
                 with storage.local_copy(self.model_uri) as folder:
                     model = load_model(folder, kind, trust)
             else:

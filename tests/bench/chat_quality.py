@@ -44,12 +44,8 @@ MODELS = {
     "full": [],
     "LoRA": ["--training.adapter", "{kind: lora, rank: 16, alpha: 32}", "--training.learning_rate", "1e-3"],
 }
-METRICS = {
-    "perplexity": ("", False),
-    "rouge_l": ("", True),
-    "chrf": ("", True),
-    "exact_match": ("share", True),
-}
+# Metric → whether more is better.
+METRICS = {"perplexity": False, "rouge_l": True, "chrf": True}
 TEMPLATE = Path(__file__).with_name("chat_quality.html.j2")
 
 
@@ -115,16 +111,16 @@ def tune(data: str, model: str, words: list[str]) -> Tuned | None:
 def rows(report: Report, one: Tuned) -> None:
     """The model beside its base, and beside looked-up answers where those have the metric."""
     found = one.report
-    for metric, (unit, higher) in METRICS.items():
+    for metric, higher in METRICS.items():
         for rival in ("base", "nearest"):
             theirs = found.baselines[rival].get(metric)
             if theirs is None:
                 continue
             case = f"{one.data}, {one.model}: {metric.replace('_', ' ')}"
             report.row(
-                case, found.metrics[metric], unit=unit, rival=rival, theirs=theirs, higher_is_better=higher
+                case, found.metrics[metric], unit="", rival=rival, theirs=theirs, higher_is_better=higher
             )
-    for metric in ("distinct_2", "repetition", "cut", "tokens_mean"):
+    for metric in ("exact_match", "distinct_2", "repetition", "cut", "tokens_mean"):
         report.row(f"{one.data}, {one.model}: {metric.replace('_', ' ')}", found.metrics[metric], unit="")
     report.row(f"{one.data}, {one.model}: training", one.summary["seconds"], unit="s")
     report.row(
