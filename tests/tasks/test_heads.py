@@ -174,7 +174,9 @@ def test_a_directory_answers_for_all_heads_in_one_pass(tiny_base: Path, tmp_path
         topic = answer.heads["topic"]
         assert list(topic.scores.values()) == pytest.approx(softmax(row[2:]).tolist(), abs=1e-4)
         assert topic.label == ["fit", "size", "fabric"][int(row[2:].argmax())]
-    told = sentiment.tell({"text": texts[0], "label": 1, "label:topic": -1}, answers[0].model_dump(), CLASSES)
+    told = sentiment.tell(
+        {"text": texts[0], "label": 1, "label:topic": -1}, {"results": [answers[0].model_dump()]}, CLASSES
+    )
     assert told.endswith("(the data says: good, ?)")
 
 
