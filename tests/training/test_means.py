@@ -95,7 +95,6 @@ def test_an_adapter_is_trained_goes_on_after_a_kill_and_is_exported_merged_and_a
     summary = result.summary
     assert summary["resumed"]
     assert summary["rows"] == 8 * 180
-    assert summary["history"][-1]["loss"] < 0.8 * summary["history"][0]["loss"]
     rows = pq.read_table(dataset.shards("validation")[0].removeprefix("file://")).to_pylist()
     with files.local_copy(result.model_uri) as folder, files.local_copy(run.ref.adapter_uri) as adapter:
         merged = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -104,6 +103,10 @@ def test_an_adapter_is_trained_goes_on_after_a_kill_and_is_exported_merged_and_a
         )
         base = AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=2)
         apart = PeftModel.from_pretrained(base, str(adapter)).eval()
+        # They begin at zero.
+        trained = {n: p for n, p in apart.named_parameters() if "lora_B" in n}
+        assert len(trained) == 2 * 6
+        assert all(p.abs().max() > 1e-3 for p in trained.values())
         assert not [p.name for p in [*folder.iterdir(), *adapter.iterdir()] if p.suffix == ".bin"]
     with torch.no_grad():
         logits, others = merged(**inputs).logits, apart(**inputs).logits
