@@ -69,6 +69,8 @@ def _check_scanned(plan: Plan, scanned: Scanned) -> None:
 
 
 def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> None:
+    if written.refused is not None:
+        raise DataError(f"{plan.reading.place(written.refused[0])} {written.refused[1]}")
     if written.rows != scanned.rows:
         raise DataError(f"the source {_source(plan)} changed while it was read; run again")
     rows = sum(count.rows for count in written.splits.values())

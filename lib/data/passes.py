@@ -27,7 +27,6 @@ from lib.data import blocks, dedup
 from lib.data.blocks import Block, Reading
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
-from lib.errors import DataError
 from lib.labels import MISSING, Unknown
 from lib.settings import DataSettings, Settings
 from lib.tasks import Prepared, UnencodableError, load_task
@@ -67,6 +66,8 @@ class Written:
     duplicate: int = 0
     conflicting: int = 0
     undersampled: int = 0
+    refused: tuple[int, str] | None = None
+    """Position of the first row that could not be encoded, and why."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
@@ -147,6 +148,10 @@ def write(
     said = time.monotonic()
     for row in _rows(counts):
         block = json.loads(row["counts"])
+        if refused := block.get("refused"):
+            found = (int(refused[0]), str(refused[1]))
+            written.refused = min(written.refused or found, found)
+            continue
         written.rows += block["rows"]
         written.duplicate += block["duplicate"]
         written.conflicting += block["conflicting"]
@@ -315,7 +320,8 @@ def write_block(
             task.classes(data),
         )
     except UnencodableError as error:
-        raise DataError(f"{reading.place(int(positions[keep][~spare][error.row]))} {error}") from None
+        refused = [int(positions[keep][~spare][error.row]), str(error)]
+        return pa.table({"counts": [json.dumps({"refused": refused})]})
     counts = {
         "rows": block.rows.num_rows,
         "duplicate": int((gone & ~conflict).sum()),
