@@ -46,6 +46,8 @@ __all__ = ["Request", "Response", "build", "load", "predict", "request", "tell"]
 
 PACKS = False
 METRIC = "loss"
+# What is exported is a chat model.
+SERVED_AS = "chat"
 JUDGED: Literal["classes", "answers"] = "answers"
 REFERENCE = True
 """Training reads the columns that `lib.training.reference` adds."""
