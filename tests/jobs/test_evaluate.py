@@ -33,7 +33,7 @@ def local(uri: str) -> Path:
     return Path(uri.removeprefix("file://"))
 
 
-def test_figures_are_those_of_the_model_itself(settings, ray_cluster, capsys):
+def test_figures_are_those_of_the_model_itself_and_the_run_shows_them(settings, ray_cluster, capsys):
     dataset = make_dataset(settings)
     run = make_run(settings, dataset)
     evaluate(settings)
@@ -60,10 +60,7 @@ def test_figures_are_those_of_the_model_itself(settings, ray_cluster, capsys):
     assert run.ref.evaluation_uri in out
     assert "python -m jobs.promote" in out
 
-
-def test_run_shows_metrics_and_figures(settings, ray_cluster):
-    run = make_run(settings, make_dataset(settings))
-    evaluate(settings)
+    # The run's page shows them.
     data = run.client.get_run(run.ref.id).data
     assert data.metrics["test/macro_f1"] == pytest.approx(run.ref.evaluation().metrics["macro_f1"])
     assert {"test/tfidf/macro_f1", "test/majority/macro_f1", "test/f1/neutral"} <= set(data.metrics)
@@ -72,24 +69,21 @@ def test_run_shows_metrics_and_figures(settings, ray_cluster):
     assert shown == {"report.json", "report.html", "confusion.png", "reliability.png", "baselines.png"}
 
 
-def test_second_evaluation_replaces_the_first(settings, ray_cluster):
-    run = make_run(settings, make_dataset(settings))
-    evaluate(settings)
-    first = run.ref.evaluation()
-    evaluate(choose(settings, bootstrap=0, workers=2))
-    second = run.ref.evaluation()
-    assert first.intervals
-    assert second.intervals == {}
-    assert second.metrics == pytest.approx(first.metrics)
-
-
-def test_given_run_is_taken_before_the_latest(settings, ray_cluster):
+def test_given_run_is_taken_before_the_latest_and_a_second_evaluation_replaces_the_first(
+    settings, ray_cluster
+):
     dataset = make_dataset(settings)
     older, newer = make_run(settings, dataset), make_run(settings, dataset)
     evaluate(choose(settings, run=older.ref.id))
-    assert isinstance(older.ref.evaluation(), EvalReport)
+    first = older.ref.evaluation()
+    assert isinstance(first, EvalReport)
     with pytest.raises(RegistryError, match=f"--evaluation.run {newer.ref.id}"):
         newer.ref.evaluation()
+    evaluate(choose(settings, run=older.ref.id, bootstrap=0, workers=2))
+    second = older.ref.evaluation()
+    assert first.intervals
+    assert second.intervals == {}
+    assert second.metrics == pytest.approx(first.metrics)
 
 
 def test_no_run_yet(settings):
