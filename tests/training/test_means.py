@@ -57,7 +57,7 @@ def test_a_task_is_exported_with_the_logits_it_was_trained_to(
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (trained,) = alone.run(answers, settings.model_dump(mode="json"), shard, folder, 0)
-    export(settings, dataset, run, Checkpoint.from_directory(folder))
+    export(settings, dataset, run, Checkpoint.from_directory(folder), {})
     with files.local_copy(run.model_uri) as model:
         plain = AutoModelForSequenceClassification.from_pretrained(model).eval()
     batch = load_task("sentiment").collate(pq.read_table(shard).slice(0, 8), 0)
