@@ -34,7 +34,8 @@ from starlette.responses import JSONResponse
 from lib import registry, tracking
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
-from lib.settings import Positive, ServingSettings
+from lib.settings import ServingSettings
+from lib.settings.sections import Positive
 from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
 from serve.replica import size

@@ -1,0 +1,57 @@
+"""Every configuration key of every job and application, in one place.
+
+One YAML describes one use (`jobs/configs/reviews.yaml`); every job and application reads the same file
+and takes its own section. The command line overrides single keys: `--training.epochs 2`. Unknown keys,
+wrong types and impossible values end in one line that names the key (ConfigError). Imports neither torch
+nor ray, so that `--help` and a mistake in a file answer in milliseconds.
+"""
+
+from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.evaluation import (
+    REFUSALS,
+    AnswerSettings,
+    Behaviour,
+    EvaluationSettings,
+    JudgeSettings,
+    PromotionSettings,
+)
+from lib.settings.loading import describe, load_settings, override, parse_overrides
+from lib.settings.planning import PlanSettings
+from lib.settings.serving import ChatEngineSettings, ServingSettings
+from lib.settings.training import (
+    AdapterSettings,
+    Dimension,
+    ModelSettings,
+    PreferenceSettings,
+    TrainingSettings,
+    TuningSettings,
+)
+from lib.settings.use import Settings, task_names
+
+__all__ = [
+    "REFUSALS",
+    "AdapterSettings",
+    "AnswerSettings",
+    "Behaviour",
+    "ChatEngineSettings",
+    "DataSettings",
+    "Dimension",
+    "EvaluationSettings",
+    "HeadSettings",
+    "JudgeSettings",
+    "Labelled",
+    "ModelSettings",
+    "Part",
+    "PlanSettings",
+    "PreferenceSettings",
+    "PromotionSettings",
+    "ServingSettings",
+    "Settings",
+    "TrainingSettings",
+    "TuningSettings",
+    "describe",
+    "load_settings",
+    "override",
+    "parse_overrides",
+    "task_names",
+]

@@ -1,0 +1,254 @@
+"""Keys of `data`: from raw rows to a dataset (`jobs.preprocess`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    field_validator,
+    model_validator,
+)
+
+from lib.errors import nearest
+from lib.settings.sections import Name, Positive, Section, Share
+
+# Columns of a dataset that the tasks fill; a slice may not take their place.
+RESERVED_COLUMNS = {
+    "id",
+    "text",
+    "label",
+    "messages",
+    "pack",
+    "tokens",
+    "tags",
+    "input_ids",
+    "labels",
+    "rejected_messages",
+    "rejected_input_ids",
+    "rejected_labels",
+    "reference_chosen",
+    "reference_rejected",
+    "length",
+    "truncated",
+    "row",
+}
+
+
+class Columns(Section):
+    """Names of the columns in the source. A task reads those that its rows have."""
+
+    text: str = "text"
+    label: str = "label"
+    tokens: str = "tokens"
+    """tagging: the words of a sentence, a list."""
+    tags: str = "tags"
+    """tagging: the tag of each word, a list as long."""
+    messages: str = "messages"
+    """chat: a list of {role, content}."""
+    conversations: str = "conversations"
+    """chat, ShareGPT's form: a list of {from, value}."""
+    instruction: str = "instruction"
+    """chat, Alpaca's form: what is asked; `input` is what it is about, `output` the answer."""
+    input: str = "input"
+    output: str = "output"
+    question: str = "question"
+    """chat, in pairs: what the user says, and the `answer`."""
+    answer: str = "answer"
+    prompt: str = "prompt"
+    """preference: what is asked, a text or a list of messages; not needed where the answers are whole dialogues."""
+    chosen: str = "chosen"
+    """preference: the better answer, a text or a list of messages; `rejected` the other."""
+    rejected: str = "rejected"
+    system: str = "system"
+    """chat, in pairs and Alpaca's form: the system message, where a source has one."""
+
+
+def _label_values(value: Any) -> Any:
+    # YAML reads `1: negative` with an integer key; sources hold 1, 1.0 or "1". All compare as text.
+    if isinstance(value, dict):
+        value = {_label_key(k): v for k, v in value.items()}
+    elif isinstance(value, list):
+        value = [_label_key(v) for v in value]
+    if isinstance(value, (dict, list)) and not value:
+        raise ValueError("at least one label is needed")
+    return value
+
+
+Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
+ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Labelled(Section):
+    """What has labels: the data, or one head."""
+
+    labels: Labels | None = None
+    """Value in the source → label, or the list of labels when the source already holds them.
+
+    tagging: the kinds of entity, without B- and I-. chat has none.
+    """
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Value in the source (as text) → label."""
+        return self.labels if isinstance(self.labels, dict) else {name: name for name in self.labels or ()}
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes, in the order in which the configuration first names them: class i is the i-th."""
+        return list(dict.fromkeys(self.label_map.values()))
+
+
+class HeadSettings(Labelled):
+    """One of several answers that a model gives about a text, such as its topic beside its sentiment."""
+
+    column: str
+    """Of the source. A row without a value is not learned from by this head."""
+    labels: Labels
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much an answer of this head counts in the loss."""
+    class_weights: ClassWeights | None = None
+    """None: `training.class_weights`."""
+
+
+class Split(Section):
+    """Shares of the rows; a row's place depends on its text and the seed alone.
+
+    A split with a source of its own takes no part: the others share the rows in the same proportion.
+    """
+
+    train: Share = 0.8
+    validation: Share = 0.1
+    test: Share = 0.1
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _whole(self) -> Split:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, not {total:g}")
+        if self.train == 0:
+            raise ValueError("train must be above 0")
+        return self
+
+
+class DataSettings(Labelled):
+    """From raw rows to a dataset (`jobs.preprocess`)."""
+
+    source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
+    validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Where the validation split is given; None takes a share of `source`."""
+    test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    """Where the test split is given; None takes a share of `source`."""
+    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"] = "auto"
+    """Of all files; auto goes by each file's ending."""
+    columns: Columns = Columns()
+    dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
+    """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
+    heads: dict[Name, HeadSettings] = {}
+    """sentiment: several heads on one encoder, instead of `labels` and `columns.label`. The first is the main one."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """keep: as they are, where the splits of a published data set are given and its figures are compared."""
+    slices: dict[str, str] = {}
+    """Name → source column: carried along so that evaluation reports each value on its own."""
+    limit: Positive | None = None
+    """Take only the first rows of the source, and of the source of each split that has its own."""
+    split: Split = Split()
+    undersample: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
+    """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
+    test stay as they are."""
+    rows_per_shard: Positive = 20_000
+    parts: dict[Name, Part] = {}
+    """multitask: the data sets that one encoder is trained on, each with a source, columns and labels of its own."""
+    temperature: Annotated[float, Field(ge=1)] = 1.0
+    """multitask: T; a part of n training rows is drawn with a probability that goes by n^(1/T). 1 is its share,
+    and the larger T, the more even."""
+
+    @field_validator("slices")
+    @classmethod
+    def _slices(cls, value: dict[str, str]) -> dict[str, str]:
+        taken = {name for name in value if name in RESERVED_COLUMNS or name.startswith("label:")}
+        if taken:
+            raise ValueError(
+                f"slice name {sorted(taken)[0]!r} is the name of a dataset column; choose another"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _source_or_parts(self) -> DataSettings:
+        if self.source is None and not self.parts:
+            raise ValueError("source is missing; add it")
+        if self.parts and (self.source is not None or self.labels or self.heads):
+            raise ValueError("each of the parts has a source and labels of its own; leave them out here")
+        return self
+
+    @model_validator(mode="after")
+    def _labels_or_heads(self) -> DataSettings:
+        if self.heads and self.labels:
+            raise ValueError("give labels or heads, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _undersample(self) -> DataSettings:
+        if self.undersample and self.heads:
+            raise ValueError("undersample: a row of several heads has no single label; leave it out")
+        for label in self.undersample:
+            if label not in self.label_names:
+                raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
+        return self
+
+    @property
+    def sources(self) -> dict[str | None, list[str]]:
+        """Split that is given → its sources; under None, the source that is divided among the other splits."""
+        given = {None: self.source, "validation": self.validation_source, "test": self.test_source}
+        return {
+            split: [source] if isinstance(source, str) else list(source)
+            for split, source in given.items()
+            if source is not None
+        }
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Split → its share of `source`; 0 for a split with a source of its own. They sum to 1."""
+        shares = {
+            name: 0.0 if name in self.sources else getattr(self.split, name)
+            for name in ("train", "validation", "test")
+        }
+        return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+    @property
+    def class_names(self) -> list[str]:
+        """`label_names`; `HEAD/LABEL` of all heads where there are several."""
+        if not self.heads:
+            return self.label_names
+        return [f"{name}/{label}" for name, head in self.heads.items() for label in head.label_names]
+
+
+class Part(DataSettings):
+    """One of the data sets of a multitask run."""
+
+    task: Literal["sentiment", "tagging"]
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """How much a row of it counts in the loss."""
+    metric: str = "macro_f1"
+    """What decides when its model is promoted."""
+
+    @model_validator(mode="after")
+    def _flat(self) -> Part:
+        if self.parts:
+            raise ValueError("a part has no parts of its own")
+        return self
+
+
+DataSettings.model_rebuild()
+
+
+def _label_key(value: Any) -> str:
+    """A label value as the text it is compared by: 3, 3.0 and "3" are one, True is "true"."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,28 @@
+"""What every section is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+
+Item = TypeVar("Item")
+# One value or a list of them, as a list: `--plan.workers 8` and `--plan.workers "[4, 8]"`.
+Listed = Annotated[
+    list[Item], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, (list, tuple)) else [v])
+]
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
