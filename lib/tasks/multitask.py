@@ -30,6 +30,9 @@ from lib.tasks import load_task
 if TYPE_CHECKING:
     from lib.tasks import Batch, Outputs, Task
 
+PACKS = False
+METRIC = "macro_f1"
+
 
 def classes(data: DataSettings) -> list[str]:
     """`PART/CLASS` of all parts."""

@@ -38,6 +38,7 @@ def settings(database: Path, tiny_base: Path, tmp_path: Path) -> Settings:
                         "source": str(tmp_path / "reviews.jsonl"),
                         "columns": {"label": "mood"},
                         "labels": ["bad", "good"],
+                        "weight": 4,
                     },
                     "names": {
                         "task": "tagging",
@@ -51,10 +52,11 @@ def settings(database: Path, tiny_base: Path, tmp_path: Path) -> Settings:
             },
             "model": {"base": str(tiny_base), "max_length": 48, "dropout": 0.0},
             "training": {
-                "epochs": 8,
-                "learning_rate": 4e-3,
+                "epochs": 14,
+                "learning_rate": 1e-3,
                 "tokens_per_batch": 512,
                 "cpus_per_worker": 0.5,
+                "precision": "fp32",
                 "patience": None,
             },
             "evaluation": {"bootstrap": 100},
