@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
 from lib import storage, tracking
@@ -89,6 +90,17 @@ def scheduler(settings: Settings, domains: dict[str, Any]) -> Population:
         log_config=False,
         synch=True,
     )
+
+
+class Results(JsonLoggerCallback):
+    """Ray's record of what trials report; a trial that goes on keeps the file that is here.
+
+    Ray fetches the copy in storage instead, which may be older: reports of before the trial's pause are lost then.
+    """
+
+    def _restore_from_remote(self, file_name: str, trial: Any) -> None:
+        if not Path(trial.local_path, file_name).exists():
+            super()._restore_from_remote(file_name, trial)
 
 
 def _clipped(dimension: Dimension, value: Any) -> Any:

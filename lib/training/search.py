@@ -103,7 +103,9 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
                 search_alg=_algorithm(settings, concurrent),
                 scheduler=_scheduler(settings),
             ),
-            run_config=tune.RunConfig(name="search", storage_path=run.ref.uri, verbose=0),
+            run_config=tune.RunConfig(
+                name="search", storage_path=run.ref.uri, verbose=0, callbacks=[population.Results()]
+            ),
         )
     try:
         results = tuner.fit()
