@@ -338,12 +338,15 @@ def test_a_population_of_zero_trials_takes_over_from_the_better(
         return [m.value for m in run.client.get_metric_history(run.ref.id, "validation/loss")]
 
     assert [trial.validations for trial in found.trials] == [4, 4]
-    (taker,) = [trial for trial in found.trials if trial.schedule]
-    (giver,) = [trial for trial in found.trials if not trial.schedule]
+    giver, taker = sorted(found.trials, key=lambda trial: losses(trial)[1])
     assert giver.values == {"training.learning_rate": good}
-    (first, before), (then, after) = taker.schedule
-    assert (first, before) == (1, {"training.learning_rate": still})
-    assert then == 3
+    assert not giver.schedule
+    # Which rate it goes on with is drawn, and may be the one that it had.
+    after = {"training.learning_rate": still}
+    if taker.schedule:
+        (first, earlier), (then, after) = taker.schedule
+        assert (first, then) == (1, 3)
+        assert earlier == {"training.learning_rate": still}
     taken, given = losses(taker), losses(giver)
     assert taken[0] == pytest.approx(taken[1], abs=1e-6), "it learned nothing until it took over"
     assert given[1] < taken[1]
