@@ -46,10 +46,14 @@ def evaluate(settings: Settings) -> None:
     dataset = DatasetRef(run.ref.name, info.dataset)
     manifest = dataset.manifest()
     subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, [])
+    answers = judged(info.task) == "answers"
+    if answers and settings.evaluation.behaviours:
+        raise ConfigError(
+            f"evaluation.behaviours: {settings.task} chooses no label that could change; leave them out"
+        )
     connect()
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
-    answers = judged(info.task) == "answers"
     of_kind = measure_answers if answers else measure_classes
     measured = of_kind(subject, run.ref.model_uri, dataset, settings)
     pages = chat_report if answers else files

@@ -4,9 +4,10 @@
     python -m jobs.tune --config jobs/configs/reviews.yaml --tuning.resume RUN_ID      after an interruption
 
 `tuning.space` in the configuration names what is searched, `tuning.algorithm` how values are chosen and
-`tuning.scheduler` which trials are ended early, or take over from better ones (pbt). Writes the best settings as a configuration that `jobs.finetune`
-takes, a table of all trials, and pictures of them. Where pbt changed the values of the best trial on its way, those
-are its settings that it was best with, and how they changed is printed and in trials.json.
+`tuning.scheduler` which trials are ended early, or take over from better ones (pbt). Writes the best settings as a
+configuration that `jobs.finetune` takes, a table of all trials, and pictures of them. Where pbt changed the values of
+the best trial on its way, those are its settings that it was best with, and how they changed is printed and in
+trials.json.
 """
 
 from __future__ import annotations

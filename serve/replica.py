@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the annotations of what inherits this.
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -16,7 +17,7 @@ from serve.following import Following
 from serve.http import Ready, create_app, request_id
 
 
-class EncoderModel:
+class EncoderModel(ABC):
     """A loaded model version with the engine thread that computes it."""
 
     def __init__(self, predictor: Any, serving: ServingSettings) -> None:
@@ -26,9 +27,9 @@ class EncoderModel:
         """Engine and precision."""
         self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
 
+    @abstractmethod
     async def answer(self, inputs: list[Any]) -> list[Any]:
         """An answer for each input, in their order."""
-        raise NotImplementedError
 
     def close(self) -> None:
         self.batcher.close()

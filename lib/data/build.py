@@ -20,7 +20,7 @@ from lib import storage, tracking
 from lib.data import sources
 from lib.data.mix import mix
 from lib.data.passes import Scanned, Written, find_duplicates, scan, write
-from lib.data.plan import FORMAT, SOURCES, Plan
+from lib.data.plan import SOURCES, Plan
 from lib.errors import DataError
 from lib.tasks import load_task
 
@@ -109,14 +109,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
     settings = plan.settings
     classes = load_task(settings.task).classes(settings.data)
     return {
-        "format": FORMAT,
-        "name": plan.ref.name,
-        "fingerprint": plan.ref.fingerprint,
-        "task": settings.task,
-        "base": settings.model.base,
-        "tokenizer": plan.tokenizer,
-        "max_length": settings.model.max_length,
-        "labels": classes,
+        **plan.manifest_head(),
         "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
         "rows_read": scanned.rows,

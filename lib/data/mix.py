@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from lib import storage, tracking
 from lib.artifacts import SPLITS
-from lib.data.plan import FORMAT, Plan
+from lib.data.plan import Plan
 from lib.data.shards import SplitCount, shard_name
 from lib.parts import own, stored
 from lib.tasks import load_task
@@ -84,14 +84,7 @@ def mix(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
                 f"{name}: {part['rows']:,} of {manifests[name]['splits']['train']['rows']:,} training rows an epoch"
             )
         manifest = {
-            "format": FORMAT,
-            "name": plan.ref.name,
-            "fingerprint": plan.ref.fingerprint,
-            "task": settings.task,
-            "base": settings.model.base,
-            "tokenizer": plan.tokenizer,
-            "max_length": settings.model.max_length,
-            "labels": load_task(settings.task).classes(settings.data),
+            **plan.manifest_head(),
             "parts": {name: part.ref.fingerprint for name, part in plan.parts.items()},
             "rows_read": sum(one["rows_read"] for one in manifests.values()),
             "dropped": {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from lib import storage
 from lib.artifacts import DatasetRef
@@ -36,6 +37,19 @@ class Plan:
     ref: DatasetRef
     parts: dict[str, Plan] = field(default_factory=dict)
     """multitask: the datasets that this one is mixed of (`lib.data.mix`); it has no files of its own then."""
+
+    def manifest_head(self) -> dict[str, Any]:
+        """What the manifest of every dataset begins with."""
+        return {
+            "format": FORMAT,
+            "name": self.ref.name,
+            "fingerprint": self.ref.fingerprint,
+            "task": self.settings.task,
+            "base": self.settings.model.base,
+            "tokenizer": self.tokenizer,
+            "max_length": self.settings.model.max_length,
+            "labels": load_task(self.settings.task).classes(self.settings.data),
+        }
 
 
 def plan(settings: Settings) -> Plan:

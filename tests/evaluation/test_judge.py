@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -25,6 +26,16 @@ class Server(ThreadingHTTPServer):
         self.failures: list[int] = []
         self.speaks_openai = True
         super().__init__(("127.0.0.1", 0), Handler)
+
+    @classmethod
+    @contextmanager
+    def running(cls) -> Iterator[Server]:
+        with cls() as server:
+            thread = threading.Thread(target=server.serve_forever, daemon=True)
+            thread.start()
+            yield server
+            server.shutdown()
+            thread.join()
 
     @property
     def url(self) -> str:
@@ -65,12 +76,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("WHORL_JUDGE_KEY", KEY)
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
+    with Server.running() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def judging(server: Server, **values: object) -> Judge:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,12 +33,8 @@ def local(uri: str) -> Path:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("WHORL_JUDGE_KEY", KEY)
-    with Server() as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
+    with Server.running() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture

@@ -152,6 +152,7 @@ def test_mutable_keys_exist_and_may_be_searched_by_a_population() -> None:
     for key in MUTABLE:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
+        assert override(settings, {key: value}, key) == settings
         check(with_search(settings, **POPULATION | {"space": {key: {"choice": [value]}}}))
 
 
