@@ -18,6 +18,7 @@ import ctypes
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -322,10 +323,20 @@ def ingress_ports() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    """A port that nothing listens on now, on any address.
+
+    It may be bound only later, by HAProxy at the first `serve.deploy` for one, and must still be free then:
+    so none that the system gives to outgoing connections (32768 and up on Linux), none that Ray gives to
+    its workers (10002 to 19999) or Serve to its replicas (30000 and up).
+    """
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise ResourceError("of 100 ports between 20000 and 30000 none is free; end what listens there")
 
 
 def _answers(port: int) -> bool:

@@ -132,13 +132,17 @@ def _start_serve(serving: ServingSettings) -> ServeControllerClient:
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         _require_free(serving)
-        ray_serve.start(
-            http_options={
-                "host": serving.host,
-                "port": serving.port,
-                "request_timeout_s": serving.request_timeout_s,
-            }
-        )
+        listening = {
+            "host": serving.host,
+            "port": serving.port,
+            "request_timeout_s": serving.request_timeout_s,
+        }
+        try:
+            ray_serve.start(http_options=listening)
+        except Exception:
+            # Its controller stays otherwise, bound to this port for as long as the cluster is up.
+            ray_serve.shutdown()
+            raise
         client = _get_global_client()
     listens = client.get_serve_details()["http_options"]["port"]
     if listens != serving.port:
