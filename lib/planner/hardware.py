@@ -8,9 +8,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import psutil
 
+from lib import tracking
 from lib.errors import ConfigError, ResourceError, nearest
 
 GIB = 2**30
@@ -27,7 +29,7 @@ class Accelerator:
     memory: float
     """Bytes that torch reports as the device's total; of the whole host without a GPU."""
     flops: float
-    """Dense 16-bit matrix products."""
+    """Dense matrix products, in 16 bits unless it is a processor that lacks bf16."""
     bandwidth: float
     """Of its memory."""
     link: float
@@ -109,8 +111,14 @@ def host_memory() -> float:
     return min(limits)
 
 
+def cpu_precision() -> Literal["bf16", "fp32"]:
+    """What this machine's processor trains in: bf16 is hundreds of times slower where it lacks it."""
+    return "bf16" if tracking.machine()["bf16"] else "fp32"
+
+
 def _measure(device: str) -> tuple[float, float]:
-    """Operations a second of a large bf16 matrix product, and bytes a second of a copy, on all cores."""
+    """Operations a second of a large matrix product in the number format that the device trains in, and bytes a
+    second of a copy, on all cores."""
     import torch
 
     def seconds(work: Callable[[], object]) -> float:
@@ -124,7 +132,8 @@ def _measure(device: str) -> tuple[float, float]:
         return statistics.median(times[1:])  # the first warms up
 
     size = 8192 if device == "cuda" else 3072
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
+    half = device == "cuda" or cpu_precision() == "bf16"
+    a = torch.randn(size, size, dtype=torch.bfloat16 if half else torch.float32, device=device)
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)
     product = seconds(lambda: a @ a)

@@ -103,7 +103,9 @@ def layout(model: Architecture, settings: Settings, *, gpu: bool) -> Layout:
     """The layout that `jobs.finetune` trains in."""
     training = settings.training
     sequence = settings.plan.sequence or settings.model.max_length
-    precision = "bf16" if training.precision == "auto" else training.precision
+    precision = training.precision
+    if precision == "auto":  # 16 bits on every GPU; which kind makes no difference here
+        precision = "bf16" if gpu else hardware.cpu_precision()
     return Layout(
         zero_stage=training.zero_stage,
         # Of a number that follows the cluster, the least must fit.

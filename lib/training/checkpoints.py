@@ -72,6 +72,9 @@ class State:
     seen: float = 0.0
     """Rows that all workers have seen; the learning rate follows it."""
     seconds: float = 0.0
+    saves: int = 0
+    saving_seconds: float = 0.0
+    """How long the training stood still for its checkpoints; uploads go on beside it."""
     bad: int = 0
     """Validations since the best one."""
     best: dict[str, float] = field(default_factory=dict)

@@ -297,7 +297,10 @@ class Loop:
         self.own.random = checkpoints.random_state()
         measured = self.state.validations[-1] if self.state.validations else {}
         metrics = {**measured, "step": self.state.step, checkpoints.SCORE: self.state.step if best else 0}
+        began = time.perf_counter()
         checkpoints.save(self.engine, self.state, self.own, self.rank, metrics)
+        self.state.saves += 1
+        self.state.saving_seconds += time.perf_counter() - began
 
     @torch.no_grad()
     def _measure(self) -> dict[str, float]:
@@ -327,7 +330,7 @@ class Loop:
         return {"loss": float(total[0] / total[1]), **self.task.metrics(merged)}
 
     def summary(self) -> dict[str, Any]:
-        """Totals over all workers; seconds are this worker's, without start-up and validation."""
+        """Totals over all workers; seconds are this worker's, without start-up, validation and checkpoints."""
         memory: list[Any] = [None] * self.world
         dist.all_gather_object(memory, peak_memory_gib())
         total = self._sum(np.array([self.own.rows, self.own.tokens], np.float64))
@@ -336,6 +339,8 @@ class Loop:
             "rows": int(total[0]),
             "tokens": int(total[1]),
             "seconds": self.state.seconds,
+            "saves": self.state.saves,
+            "saving_seconds": self.state.saving_seconds,
             "best": self.state.best,
             "stopped_early": self._is_stopped(),
             "ended": self.ended,

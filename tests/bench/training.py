@@ -172,12 +172,12 @@ def rival(kind: str, rows_in_step: int) -> dict[str, Any]:
     return result
 
 
-def matrix_peak() -> float:
-    """GFLOP/s of a large bf16 matrix product on all cores: what the machine could do at most."""
+def matrix_peak(precision: str) -> float:
+    """GFLOP/s of a large matrix product on all cores: what the machine could do at most."""
     import torch
 
-    size = 4096
-    a, b = torch.randn(size, size, dtype=torch.bfloat16), torch.randn(size, size, dtype=torch.bfloat16)
+    size, kind = 4096, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = torch.randn(size, size, dtype=kind), torch.randn(size, size, dtype=kind)
     a @ b
     times = []
     for _ in range(5):
