@@ -27,7 +27,7 @@ from lib.evaluation.classification import Measured, Subject
 from lib.evaluation.scoring import read_task, score, scorers, start_baselines
 from lib.evaluation.several import measure_heads
 from lib.settings import Settings
-from lib.tasks import judged
+from lib.tasks import check_behaviours, judged
 
 PART_CONFIGS = "jobs.finetune told where: runs/RUN_ID/model/PART.yaml"
 # What MLflow allows in the name of a metric.
@@ -47,10 +47,7 @@ def evaluate(settings: Settings) -> None:
     manifest = dataset.manifest()
     subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, [])
     answers = judged(info.task) == "answers"
-    if answers and settings.evaluation.behaviours:
-        raise ConfigError(
-            f"evaluation.behaviours: {settings.task} chooses no label that could change; leave them out"
-        )
+    check_behaviours(settings)
     connect()
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")

@@ -22,11 +22,12 @@ from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
 from lib.planner.check import check
 from lib.settings import Settings
-from lib.tasks import deciding_metric
+from lib.tasks import check_behaviours, deciding_metric
 from lib.training import resume
 
 
 def finetune(settings: Settings) -> None:
+    check_behaviours(settings)  # the evaluation would refuse them, after hours
     training, dataset = settings.training, plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
     resumed = resume.find(settings, dataset)

@@ -161,6 +161,14 @@ def deciding_metric(settings: Settings) -> str:
     return settings.training.metric or load_task(settings.task).METRIC
 
 
+def check_behaviours(settings: Settings) -> None:
+    """Raises ConfigError where the models are judged by answers: what a behaviour tells of is a chosen class."""
+    if settings.evaluation.behaviours and judged(settings.task) == "answers":
+        raise ConfigError(
+            f"evaluation.behaviours: {settings.task} chooses no label that could change; leave them out"
+        )
+
+
 def packs(settings: Settings) -> bool:
     """Whether examples are packed: `training.packing`, else wherever the task can.
 

@@ -56,6 +56,19 @@ def prepare(model: nn.Module, base: Path, training: TrainingSettings) -> nn.Modu
     return model
 
 
+def check(base: Path, training: TrainingSettings) -> None:
+    """Raises ConfigError for what `prepare` refuses, before any worker is started: of the base model's directory
+    only the configuration is read."""
+    if not (training.adapter or training.layers or training.gradient_checkpointing):
+        return
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    with torch.device("meta"):  # the layers are the same whatever head comes after them
+        body = AutoModel.from_config(AutoConfig.from_pretrained(base))
+    prepare(body, base, training)
+
+
 def groups(model: nn.Module, base: Path | None, training: TrainingSettings) -> list[dict[str, Any]]:
     """The trained parameters as groups of torch's optimisers, none empty: matrices decay, vectors do not.
 

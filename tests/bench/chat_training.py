@@ -3,7 +3,8 @@
     make bench-chat-training
 
 Both fine-tune all of SmolLM2-135M-Instruct on the same tokenised tech-support pairs, with loss on the same tokens,
-the same learning rate, schedule, clipping and tokens in an optimiser step, in bf16 with fp32 masters, on all cores:
+the same learning rate, schedule, clipping and tokens in an optimiser step, in bf16 with fp32 masters (in fp32 where
+the processor has no bf16), on all cores:
 ours two Ray Train workers of one thread each under ZeRO-2, TRL one process of as many threads, packing by
 best-fit decreasing (`packing_strategy="bfd"`, which makes it padding-free). Timed is the training alone: for us
 from the first row read to the last step, for TRL its `train_runtime`. Tokens are those of the examples, without
@@ -26,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lib.tracking import machine
 from tests.bench.environments import rival_python
 from tests.bench.report import Report
 
@@ -236,10 +238,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--limit", type=int, help="take only the first rows of the source")
     parser.add_argument("--base", help="another base model than the configuration's, at 256 tokens")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp32"], help="default: bf16 where the processor has it"
+    )
     parser.add_argument("--kinds", nargs="+", choices=["packed", "padded"], default=["packed", "padded"])
     arguments = parser.parse_args()
-    chosen = words(arguments.limit, arguments.base, arguments.precision)
+    precision = arguments.precision or ("bf16" if machine()["bf16"] else "fp32")
+    chosen = words(arguments.limit, arguments.base, precision)
     preprocess = [sys.executable, "-m", "jobs.preprocess", "--config", CONFIG, *chosen]
     subprocess.run(preprocess, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     compare(chosen, arguments.kinds)

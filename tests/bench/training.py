@@ -7,13 +7,19 @@ class weights and number of rows in an optimiser step. Timed is the training its
 between the first row read and the last step (Ray Data, DeepSpeed, gloo), without start-up and validation;
 for Trainer its own `train_runtime`. Rivals:
   first   Trainer as one would first write it: fp32, dynamic padding
-  best    Trainer at its best on this machine: bf16 autocast, batches grouped by length, all cores
+  best    Trainer at its best on this machine: bf16 autocast where the processor has bf16, batches grouped by
+          length, all cores
 Each is a process of its own, one after the other, so that no one shares the cores.
+
+Then ours beside itself: ZeRO 0 to 3; two workers of a thread each beside one of two threads, with as many tokens in a
+step; a checkpoint every EVERY steps beside one at a validation (`saving_seconds`, and how much slower the steps are
+while uploads go on). `--parts` takes some of these alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -30,6 +36,9 @@ from tests.bench.report import Report
 
 CONFIG = "jobs/configs/reviews.yaml"
 TOKENS_PER_BATCH = 2048
+# Steps from one checkpoint to the next where their cost is measured.
+EVERY = 5
+PARTS = ("trainer", "stages", "workers", "checkpoints")
 # The share of rows that a preprocessing limit of LIMIT leaves for training is 0.8.
 LIMIT = 5150
 COMMON = [
@@ -41,12 +50,13 @@ COMMON = [
 ]  # fmt: skip
 
 
-def ours(zero_stage: int) -> dict[str, Any]:
-    """Fine-tune through the job itself; what its run wrote down."""
+@functools.cache
+def ours(zero_stage: int, *more: str) -> dict[str, Any]:
+    """Fine-tune through the job itself; what its run wrote down. `more` are overrides."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "WHORL_PIPELINE": f"bench-{zero_stage}-{time.time_ns()}"}
         log = Path(folder) / "log"
-        words = [*COMMON, "--training.zero_stage", str(zero_stage)]
+        words = [*COMMON, "--training.zero_stage", str(zero_stage), *more]
         with log.open("w") as out:
             command = [sys.executable, "-m", "jobs.finetune", "--config", CONFIG, *words]
             code = subprocess.run(command, env=environment, stdout=out, stderr=out).returncode
@@ -110,6 +120,7 @@ def trainer(kind: str, rows_in_step: int, folder: str) -> None:
         TrainingArguments,
     )
 
+    from lib import tracking
     from lib.base_models import base_directory
     from lib.tasks import load_task
 
@@ -137,7 +148,7 @@ def trainer(kind: str, rows_in_step: int, folder: str) -> None:
         learning_rate=settings.training.learning_rate,
         weight_decay=settings.training.weight_decay,
         warmup_steps=settings.training.warmup,
-        bf16=best,
+        bf16=best and bool(tracking.machine()["bf16"]),
         train_sampling_strategy="group_by_length" if best else "random",
         use_cpu=True,
         report_to=[],
@@ -199,6 +210,7 @@ def flops_per_token(model: Any, length: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rival", nargs=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     if arguments.rival:
         kind, rows, folder = arguments.rival
@@ -206,25 +218,26 @@ def main() -> None:
         return
     preprocess = [sys.executable, "-m", "jobs.preprocess", "--config", CONFIG, *COMMON]
     subprocess.run(preprocess, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    compare()
-
-
-def compare() -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from lib.base_models import base_directory
-
     report = Report("training")
-    mine = {stage: ours(stage) for stage in (2, 0, 1, 3)}
-    two = mine[2]
-    speed = two["rows"] / two["seconds"]
+    for part in arguments.parts:
+        {"trainer": beside_trainer, "stages": stages, "workers": workers, "checkpoints": saving}[part](report)
+    report.finish()
+
+
+def rows_a_second(run: dict[str, Any]) -> float:
+    return float(run["rows"] / run["seconds"])
+
+
+def beside_trainer(report: Report) -> None:
+    two = ours(2)
     rows_in_step = max(1, round(two["rows"] / two["steps"]))
+    report.row("rows in an optimiser step", rows_in_step, unit="rows")
     for kind, target in (("first", 2.0), ("best", 1.0)):
         theirs = rival(kind, rows_in_step)
         name = f"Trainer, {kind}"
         report.row(
             "one epoch, ZeRO-2",
-            speed,
+            rows_a_second(two),
             rival=name,
             theirs=theirs["rows"] / theirs["seconds"],
             unit="rows/s",
@@ -247,19 +260,58 @@ def compare() -> None:
             unit="GiB",
             higher_is_better=False,
         )
+
+
+def stages(report: Report) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from lib.base_models import base_directory
+
     model = AutoModelForSequenceClassification.from_pretrained(base_directory("sample://minilm-l6"))
-    peak, each = matrix_peak(), flops_per_token(model, two["tokens"] / two["rows"])
-    for stage in sorted(mine):
-        run = mine[stage]
+    for stage in range(4):
+        run = ours(stage)
         tokens = run["tokens"] / run["seconds"]
+        peak, each = matrix_peak(run["precision"]), flops_per_token(model, run["tokens"] / run["rows"])
         report.row(f"ZeRO-{stage}", tokens, unit="tokens/s")
         report.row(
-            f"ZeRO-{stage}: share of the bf16 peak", tokens * each / 1e9 / peak, unit=f"of {peak:.0f} GFLOP/s"
+            f"ZeRO-{stage}: share of the {run['precision']} peak",
+            tokens * each / 1e9 / peak,
+            unit=f"of {peak:.0f} GFLOP/s",
         )
         report.row(f"ZeRO-{stage}: peak memory of a worker", max(run["peak_memory_gib"]), unit="GiB")
         report.row(f"ZeRO-{stage}: macro-F1 on test", run["macro_f1"], unit="")
-    report.row("rows in an optimiser step", rows_in_step, unit="rows")
-    report.finish()
+
+
+def workers(report: Report) -> None:
+    """Scaling efficiency on as many threads: what is lost to the exchange of gradients."""
+    two = ours(2)
+    one = ours(
+        2, "--training.workers", "1", "--training.cpus_per_worker", "2", "--training.accumulation", "2"
+    )
+    report.row(
+        "two workers of a thread, one of two threads",
+        rows_a_second(two),
+        rival="one worker",
+        theirs=rows_a_second(one),
+        unit="rows/s",
+    )
+    memory = sum(two["peak_memory_gib"]), sum(one["peak_memory_gib"])
+    report.row(
+        "peak memory of all workers", memory[0], rival="one worker", theirs=memory[1], unit="GiB",
+        higher_is_better=False,
+    )  # fmt: skip
+
+
+def saving(report: Report) -> None:
+    none, often = ours(2), ours(2, "--training.checkpoint_every", str(EVERY))
+    step = none["seconds"] / none["steps"]
+    still = often["saving_seconds"] / often["saves"]
+    slower = (often["seconds"] - none["seconds"]) / (often["saves"] - none["saves"])
+    report.row(f"checkpoints, one every {EVERY} steps", often["saves"], unit="checkpoints")
+    report.row("an optimiser step", step, unit="s")
+    report.row("a checkpoint: training stands still", still, unit="s")
+    report.row("a checkpoint: later steps are slower by", slower, unit="s")
+    report.row("a checkpoint in all", (still + slower) / step, unit="steps")
 
 
 if __name__ == "__main__":

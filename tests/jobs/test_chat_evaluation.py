@@ -184,3 +184,16 @@ def test_split_without_an_answer(settings: Settings) -> None:
         pq.write_table(rows.set_column(rows.column_names.index("labels"), "labels", silent), local(shard))
     with pytest.raises(DataError, match="has no dialogue with an answer"):
         before_after.read_test(dataset, 4, [])
+
+
+def test_behaviours_are_refused_before_training(settings: Settings) -> None:
+    from jobs.finetune import finetune
+
+    wanted = [{"name": "typos", "kind": "invariance", "change": "typos"}]
+    settings = Settings.model_validate(
+        {**settings.model_dump(mode="json"), "evaluation": {"behaviours": wanted}}
+    )
+    with pytest.raises(
+        ConfigError, match=r"evaluation\.behaviours: chat chooses no label .*; leave them out"
+    ):
+        finetune(settings)

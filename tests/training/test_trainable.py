@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lib.errors import ConfigError
+from lib.settings import TrainingSettings
 from lib.training import adapters, trainable
 from lib.training.restore import restore
 from tests.training.engines import Job, build, ids, run, settings
@@ -158,10 +159,14 @@ def test_noise_while_training_only(tiny_llama: Path) -> None:
     ],
 )
 def test_what_the_model_has_not_is_told_with_what_it_has(
-    training: dict[str, Any], line: str, tiny_llama: Path
+    training: dict[str, Any], line: str, tiny_llama: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=line):
         prepared(tiny_llama, WORDS, **training)
+    # The driver says it too, of a directory without weights.
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match=line):
+        trainable.check(tmp_path, TrainingSettings.model_validate(training))
 
 
 def test_a_plain_peft_model_reads_the_adapter(alone: Ranks, tiny_base: Path, tmp_path: Path) -> None:
