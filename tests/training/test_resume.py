@@ -325,7 +325,7 @@ def kill(driver: subprocess.Popen[str]) -> None:
     own = psutil.Process(driver.pid).children(recursive=True)
     os.kill(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL
-    psutil.wait_procs(own, timeout=30)
+    psutil.wait_procs(own, timeout=5)
     for process in own:
         if process.is_running():
             process.kill()
