@@ -149,13 +149,17 @@ def _trainer(
         "TOKENIZERS_PARALLELISM": "false",
         "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
         "PYTHONWARNINGS": "ignore",
+        # Ray Train would say each line twice: once as it is, once by its logger.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     }
     for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
         if name in os.environ:
             environment[name] = os.environ[name]
     folder, elastic = checkpoints.run_folder(run, part), not isinstance(training.workers, int)
     begin = part.begin if part else None
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the training bar shows the same rows
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the training bar shows the same rows
+    context.print_on_execution_start = False
     return Trainer(
         loop.train,
         train_loop_config={
