@@ -36,6 +36,7 @@ from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from serve.access import guard
 from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
 from serve.replica import size
@@ -141,6 +142,7 @@ class Chat(OpenAiIngress):
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
+        guard(app, self._serving.access)
         return app
 
 

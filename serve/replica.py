@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from ray import serve as ray_serve
 
 from lib.settings import ServingSettings
+from serve.access import guard
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
@@ -77,6 +78,7 @@ def http_api(
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
         return await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
 
+    guard(app, replica.serving.access)
     return app
 
 

@@ -37,6 +37,17 @@ class ChatEngineSettings(Section):
     """Environment variables of the engine's processes."""
 
 
+class AccessSettings(Section):
+    """Who may ask (`python -m serve.keys`)."""
+
+    required: bool = True
+    """Without a key nobody is answered, but for health and documentation; false lets everybody in."""
+    keys_for_s: Annotated[float, Field(ge=0)] = 30
+    """How long a key is believed before the database is asked again: a revoked one may work that long."""
+    stale_for_s: Annotated[float, Field(ge=0)] = 3600
+    """How long keys that were seen are believed while the database does not answer."""
+
+
 class ServingSettings(Section):
     """How the champion answers (`serve.deploy`)."""
 
@@ -66,6 +77,7 @@ class ServingSettings(Section):
     max_inputs: Positive = 256
     max_chars: Positive = 20_000
     max_body_bytes: Positive = 4_000_000
+    access: AccessSettings = AccessSettings()
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
