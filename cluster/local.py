@@ -33,7 +33,7 @@ from typing import Any
 import psutil
 
 from lib import storage, tracking
-from lib.command import MIN_LOGICAL_CPUS, STATE, running_cluster
+from lib.command import ALONE, MIN_LOGICAL_CPUS, STATE, running_cluster
 from lib.errors import ResourceError, WhorlError
 
 HOST = "127.0.0.1"
@@ -66,6 +66,7 @@ def environment() -> dict[str, str]:
         # A worker's process group dies with it: a killed replica leaves no vLLM engine that holds its memory.
         "RAY_process_group_cleanup_enabled": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        **ALONE,
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",

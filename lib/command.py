@@ -33,6 +33,8 @@ QUIET = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+# A cluster of one machine is not drained node by node: each run needs no process that looks out for it.
+ALONE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # Written by `cluster.local up`: how this machine's cluster is reached.
 STATE = storage.PROJECT / ".whorl" / "cluster.json"
 
@@ -88,13 +90,13 @@ def connect() -> None:
     cluster = running_cluster()
     for key, value in cluster.get("environment", {}).items():
         os.environ.setdefault(key, value)
-    for key, value in QUIET.items():
+    address = os.environ.get("RAY_ADDRESS") or cluster.get("address")
+    for key, value in (QUIET if address else QUIET | ALONE).items():
         os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS") or cluster.get("address")
     options: dict[str, Any] = {"logging_level": "warning", "log_to_driver": True}
     # A submitted job has its environment from the head; a driver elsewhere hands its own on.
     if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import ingress_ports
+from lib.command import ALONE
 
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +20,7 @@ for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A run ends, and what it reported is seen, when Ray Train next looks at its workers: every 2 s by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+os.environ |= ALONE
 
 
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.

@@ -17,9 +17,7 @@ SHAPE = llama("small", 2, 384, 6, 6, 1536, 1024)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16"), (0, "fp32"), (2, "fp32")]
-)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "bf16")])
 def test_states_messages_and_checkpoints_are_as_planned(stage: int, precision: str, tmp_path: Path) -> None:
     layout = Layout(stage, 2, 2, precision=precision, tokens=32, sequence=32, gpu=False)
     measured = measure(SHAPE, layout, str(tmp_path))

@@ -57,6 +57,7 @@ def results(places: Path, cases: dict[str, Settings]) -> dict[str, Any]:
             "RAY_TMPDIR": ray_folder,
             "OMP_NUM_THREADS": "1",
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+            "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",  # as on any cluster of several nodes
             # An elastic run may count on a lost node for a moment, and waits that long for its slots.
             "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
         }

@@ -168,17 +168,14 @@ def assert_one_curve(run: tracking.Run, summary: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "index"), [(2, 1), (3, 0)])
-def test_a_killed_worker_changes_nothing(
-    stage: int, index: int, unkilled: Whole, database: Path, tiny_base: Path
-) -> None:
-    settings = settings_for(tiny_base, zero_stage=stage)
+def test_a_killed_worker_changes_nothing(unkilled: Whole, database: Path, tiny_base: Path) -> None:
+    settings = settings_for(tiny_base, zero_stage=3)
     dataset = make_dataset(settings, rows=ROWS)
-    whole = unkilled(stage)
+    whole = unkilled(3)
     assert whole.summary["resumed"] == []
     with (
         tracking.start_run("finetune", settings) as run,
-        meanwhile(lambda: kill_a_worker(checkpoints.run_folder(run.ref), index)),
+        meanwhile(lambda: kill_a_worker(checkpoints.run_folder(run.ref), 0)),
     ):
         killed = fit(settings, dataset, run)
     (at,) = killed.summary["resumed"]
@@ -325,7 +322,7 @@ def kill(driver: subprocess.Popen[str]) -> None:
     own = psutil.Process(driver.pid).children(recursive=True)
     os.kill(driver.pid, signal.SIGKILL)
     assert driver.wait() == -signal.SIGKILL
-    psutil.wait_procs(own, timeout=30)
+    psutil.wait_procs(own, timeout=5)
     for process in own:
         if process.is_running():
             process.kill()

@@ -262,24 +262,21 @@ def test_the_better_learning_rate_wins_and_the_worse_is_ended_early(
     settings = with_search(
         settings,
         space={"training.learning_rate": {"choice": [1e-7, 5e-3]}, "training.warmup": {"uniform": [0, 0.2]}},
-        trials=3,
+        trials=2,
         algorithm="random",
         concurrency=1,
         scheduler="asha",
         grace=1,
         reduction=2,
-        seed=3,  # draws the good rate, the bad one, the good one
+        seed=3,  # draws the good rate, then the bad one
     )
     dataset = make_dataset(settings, rows=160)
     before = standing()
     with tracking.start_run("tune", settings) as run:
         found = search(settings, dataset, run)
     assert_nothing_is_left(before)
-    assert len(found.trials) == 3
     by_number = sorted(found.trials, key=lambda t: t.number)
-    assert [t.values["training.learning_rate"] for t in by_number] == [5e-3, 1e-7, 5e-3], (
-        "the seed draws these"
-    )
+    assert [t.values["training.learning_rate"] for t in by_number] == [5e-3, 1e-7], "the seed draws these"
     assert found.best.values["training.learning_rate"] == 5e-3
     assert found.best.validations == 4
     assert found.best.score is not None
@@ -288,7 +285,7 @@ def test_the_better_learning_rate_wins_and_the_worse_is_ended_early(
     assert found.trials[-1] == by_number[1]
 
     children = {child.tags()["trial"]: child for child in tracking.children(run.ref.id, "tiny")}
-    assert len(children) == 3
+    assert len(children) == 2
     assert children[found.best.id].status() == "FINISHED"
     assert children[by_number[1].id].status() == "KILLED"
     assert not any(places.exists(child.ref.checkpoints_uri) for child in children.values())
@@ -380,7 +377,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
     values = with_search(
         settings_for(tiny_base, workers=1, epochs=1),
         space={"training.learning_rate": {"log_uniform": [1e-3, 1e-2]}},
-        trials=3,
+        trials=2,
         scheduler="none",
         concurrency=1,
     ).model_dump(mode="json")
@@ -417,11 +414,11 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
     assert run.status() == "FINISHED"
     # The trial that was finished was not trained again, the one that was interrupted was, and none came twice.
     children = tracking.children(run_id, "tiny")
-    assert [child.status() for child in children] == ["FINISHED"] * 3
+    assert [child.status() for child in children] == ["FINISHED"] * 2
     assert first.client.get_run(first.ref.id).info.end_time == ended
-    assert sorted("resumed" in child.tags() for child in children) == [False, False, True]
+    assert sorted("resumed" in child.tags() for child in children) == [False, True]
     trials = json.loads(places.read_bytes(places.join(run.artifacts_uri(), "trials.json")))["trials"]
-    assert len({trial["id"] for trial in trials}) == 3
+    assert len({trial["id"] for trial in trials}) == 2
     assert all(trial["score"] is not None for trial in trials)
 
     best = places.join(run.ref.uri, job.BEST)
