@@ -29,8 +29,8 @@ class EncoderModel(ABC):
         self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
 
     @abstractmethod
-    async def answer(self, inputs: list[Any]) -> list[Any]:
-        """An answer for each input, in their order."""
+    async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
+        """An answer for each input, in their order, and how many tokens the model read."""
 
     def close(self) -> None:
         self.batcher.close()
@@ -60,12 +60,14 @@ class Replica(Generic[M]):
             failed=self.models.failed,
         )
 
-    async def respond(self, inputs: list[Any], identity: str) -> BaseModel:
+    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int]:
+        """The answer, and the tokens that were read for it."""
         with self.models.using() as loaded:
-            results = await loaded.model.answer(inputs)
-        return self.response(
+            results, tokens = await loaded.model.answer(inputs)
+        response = self.response(
             results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
         )
+        return response, tokens
 
 
 def http_api(
@@ -76,7 +78,8 @@ def http_api(
 
     @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
-        return await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
+        response, request.state.tokens = await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
+        return response
 
     guard(app, replica.serving.access)
     return app

@@ -20,7 +20,7 @@ from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.settings import ServingSettings
 from serve.deploy import application_config, deploy
 from serve.following import parse_reference
-from tests.serve.conftest import Endpoint, make_settings, publish_version
+from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
 pytestmark = pytest.mark.ray
 
@@ -140,7 +140,7 @@ def test_two_applications_share_the_port_by_their_prefixes(endpoint: Endpoint) -
     serving = serving.model_copy(update={"route_prefix": "/complaints"})
     url = deploy(other.model_copy(update={"serving": serving}))
     assert url.endswith("/complaints")
-    second = Endpoint(url, other)
+    second = Endpoint(url, other, endpoint.key)
     assert second.post({"inputs": ["great"]}).body["version"] == 2
     assert "/complaints/" in second.get("/docs").body
     # The first was neither touched nor removed.
@@ -235,7 +235,7 @@ def test_a_replica_without_a_model_says_so_and_takes_it_when_it_comes(
         user_config={"model": "reviews@5"}, ray_actor_options={"runtime_env": {"env_vars": tracking.places()}}
     ).bind(ServingSettings())
     ray_serve.run(app, name="reviews", route_prefix="/")
-    endpoint = Endpoint(f"http://127.0.0.1:{port}", make_settings())
+    endpoint = Endpoint(f"http://127.0.0.1:{port}", make_settings(), key())
     for answer in (endpoint.get("/readyz"), endpoint.post({"inputs": ["great"]})):
         assert answer.status == 503
         assert int(answer.headers["retry-after"]) > 0
