@@ -38,7 +38,10 @@ OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/static-offline-docs")
 KEYS_KEPT = 10_000
 COUNTER = "whorl-limits"
 NAMESPACE = "whorl"
+COUNTER_STARTS_S = 30.0
 COUNTER_WAITS_S = 1.0
+# How long it is not asked again after it did not answer.
+COUNTER_AWAY_S = 5.0
 
 
 class Limiter(Protocol):
@@ -68,24 +71,38 @@ class SharedLimiter:
     def __init__(self) -> None:
         self._own = Buckets()
         self._counter: Any = None
+        self._has_answered = False
+        self._away_until = 0.0
 
     async def take(self, charges: Sequence[Charge]) -> Verdict:
-        try:
-            asked = self._handle().take.remote(list(charges))
-            return await asyncio.wait_for(asked, COUNTER_WAITS_S)
-        except (RayError, TimeoutError, ValueError):
-            logger.warning("the counter of limits does not answer; this replica counts for itself")
-            self._counter = None
+        if time.monotonic() < self._away_until:
             return self._own.take(charges, time.monotonic())
+        # The first who ask wait until it has started.
+        patience = COUNTER_WAITS_S if self._has_answered else COUNTER_STARTS_S
+        try:
+            verdict: Verdict = await asyncio.wait_for(self._found().take.remote(list(charges)), patience)
+        except (RayError, TimeoutError, ValueError):
+            self._is_away()
+            return self._own.take(charges, time.monotonic())
+        self._has_answered = True
+        return verdict
 
     async def charge(self, charges: Sequence[Charge]) -> None:
+        if time.monotonic() < self._away_until:
+            self._own.charge(charges, time.monotonic())
+            return
         try:
-            self._handle().charge.remote(list(charges))  # nobody waits for it
+            self._found().charge.remote(list(charges))  # nobody waits for it
         except (RayError, ValueError):
-            self._counter = None
+            self._is_away()
             self._own.charge(charges, time.monotonic())
 
-    def _handle(self) -> Any:
+    def _is_away(self) -> None:
+        logger.warning("the counter of limits does not answer; this replica counts for itself for a while")
+        self._counter, self._has_answered = None, False
+        self._away_until = time.monotonic() + COUNTER_AWAY_S
+
+    def _found(self) -> Any:
         if self._counter is None:
             self._counter = (
                 ray.remote(Counter)

@@ -198,3 +198,27 @@ def test_a_database_that_is_away_is_503(storage: Path) -> None:
     answer = run(asked)
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
+
+
+@pytest.mark.ray
+def test_a_counter_that_was_killed_is_counted_without_and_found_again(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from serve import access
+
+    monkeypatch.setattr(access, "COUNTER_AWAY_S", 0.2)
+    one = [Charge("killed/requests", 1, 2)]
+
+    async def asked() -> list[bool]:
+        limiter, other = access.SharedLimiter(), access.SharedLimiter()
+        found = [(await limiter.take(one)).allowed, (await other.take(one)).allowed]
+        found.append((await limiter.take(one)).allowed)  # two of two are gone, whoever asks
+        ray.kill(ray.get_actor(access.COUNTER, access.NAMESPACE), no_restart=True)
+        found.append((await limiter.take(one)).allowed)  # its own count is whole
+        await asyncio.sleep(0.3)
+        return [*found, (await limiter.take(one)).allowed]  # a new counter's too
+
+    assert run(asked) == [True, True, False, True, True]
+    ray.kill(ray.get_actor(access.COUNTER, access.NAMESPACE), no_restart=True)

@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.local import free_port
-from lib import storage
+from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.settings import ServingSettings
@@ -143,6 +144,11 @@ def test_two_applications_share_the_port_by_their_prefixes(endpoint: Endpoint) -
     second = Endpoint(url, other, endpoint.key)
     assert second.post({"inputs": ["great"]}).body["version"] == 2
     assert "/complaints/" in second.get("/docs").body
+    # A key's limit is one for all replicas of the cluster.
+    _, few = keys.create("few", ["*"], requests_per_minute=4)
+    limited = [replace(one, key=few).post({"inputs": ["great"]}) for one in (endpoint, second) * 3]
+    assert [answer.status for answer in limited] == [200] * 4 + [429] * 2
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in limited[:4]] == list("3210")
     # The first was neither touched nor removed.
     assert endpoint.post({"inputs": ["great"]}).body["version"] == 1
     ray_serve.delete("complaints")

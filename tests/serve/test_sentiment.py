@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from lib import keys
 from lib.artifacts import ModelRef
 from lib.settings import ServingSettings
 from lib.storage import local_copy
-from tests.serve.conftest import LABELS, Endpoint
+from tests.serve.conftest import LABELS, Endpoint, key
 
 pytestmark = pytest.mark.ray
 
@@ -162,6 +163,7 @@ def test_a_long_body_is_a_413_as_it_arrives(endpoint: Endpoint) -> None:
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
         connection.sendall(
             b"POST /v1/sentiment HTTP/1.1\r\nhost: test\r\nconnection: close\r\n"
+            b"authorization: Bearer " + endpoint.key.encode() + b"\r\n"
             b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         for _ in range(5):
@@ -173,6 +175,26 @@ def test_a_long_body_is_a_413_as_it_arrives(endpoint: Endpoint) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413")
     assert json.loads(body)["error"]["code"] == "body_too_large"
+
+
+def test_nobody_is_answered_without_a_key_of_the_application(endpoint: Endpoint) -> None:
+    body = {"inputs": ["great"]}
+    missing = endpoint.post(body, authorization="")
+    assert (missing.status, missing.body["error"]["code"]) == (401, "invalid_api_key")
+    # Before anything is read of it.
+    assert endpoint.post("no json", authorization=f"Bearer {keys.PREFIX}x").status == 401
+    other = endpoint.post(body, authorization=f"Bearer {key('else')}")
+    assert (other.status, other.body["error"]["code"]) == (403, "not_in_scope")
+    assert endpoint.post(body, authorization=f"Bearer {key('reviews')}").status == 200
+
+
+def test_tokens_are_charged_to_the_key(endpoint: Endpoint) -> None:
+    _, secret = keys.create("few", ["*"], tokens_per_minute=40)
+    answers = [endpoint.post({"inputs": ["good " * 20]}, authorization=f"Bearer {secret}") for _ in range(3)]
+    # 22 tokens each with their special ones; a debt is known when the next one asks.
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert answers[2].body["error"]["code"] == "rate_limit_exceeded"
+    assert 5 <= int(answers[2].headers["retry-after"]) <= 10
 
 
 def test_after_all_that_the_replica_still_answers(endpoint: Endpoint) -> None:
