@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Float, Integer, String, Table, Text, select
+from sqlalchemy import Column, Engine, Float, Integer, String, Table, Text, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -83,7 +83,7 @@ class Event:
     key: str | None
     """Id of the API key, not the key."""
     request: Any
-    """The body's JSON value."""
+    """What the recorder's `redact` makes a JSON value of."""
     answer: Any
 
 
@@ -113,21 +113,28 @@ def write(rows: Iterable[dict[str, Any]]) -> None:
 
 
 def say(feedback: Feedback) -> None:
-    """Keep what was said of an answer. Raises RequestError (404) for a request id that no event has."""
+    """Keep what was said of an answer. Raises RequestError (404) for a request id that no event has,
+    StorageError when the database is away."""
     engine = database.engine()
     insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
     values = asdict(feedback)
     said = {name: value for name, value in values.items() if value is not None and name != "id"}
+    statement = insert(FEEDBACK).values(values).on_conflict_do_update(index_elements=["id"], set_=said)
+    try:
+        _say(engine, feedback.id, statement)
+    except SQLAlchemyError as error:
+        raise StorageError("feedback cannot be kept now; try again") from error
+
+
+def _say(engine: Engine, request_id: str, statement: Any) -> None:
     with engine.begin() as connection:
-        if connection.execute(select(EVENTS.c.id).where(EVENTS.c.id == feedback.id)).first() is None:
+        if connection.execute(select(EVENTS.c.id).where(EVENTS.c.id == request_id)).first() is None:
             raise UnknownRequestError(
-                f"no answer has the request id {feedback.id!r}; it is the answer's request_id or x-request-id",
+                f"no answer has the request id {request_id!r}; it is the answer's request_id or x-request-id",
                 param="request_id",
                 code="unknown_request",
             )
-        connection.execute(
-            insert(FEEDBACK).values(values).on_conflict_do_update(index_elements=["id"], set_=said)
-        )
+        connection.execute(statement)
 
 
 class UnknownRequestError(RequestError):
@@ -200,7 +207,10 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class Recorder:
-    """The thread that writes events, one for each process."""
+    """The thread that writes events, one for each process.
+
+    `redact` makes JSON values without personal data of [request, answer], whatever those are.
+    """
 
     def __init__(
         self, redact: Callable[[Any], Any], folder: Path | None = None, put: Callable[..., None] = write
@@ -302,13 +312,13 @@ class Recorder:
 
     def _row(self, event: Event) -> dict[str, Any]:
         values = asdict(event)
-        for name in ("request", "answer"):
-            try:
-                clean = self._redact(values[name])
-            except (
-                Exception
-            ):  # an event without its words is worth more than none, and than one with them as they were
-                logger.exception("an event could not be redacted")
-                clean = None
-            values[name] = json.dumps(clean, ensure_ascii=False)
+        try:
+            clean = self._redact([event.request, event.answer])
+        except Exception:
+            # An event without its words is worth more than none, and than one with them as they were.
+            logger.exception("an event could not be redacted")
+            clean = [None, None]
+        for name, value in zip(("request", "answer"), clean, strict=True):
+            # Neither half a surrogate pair nor, for PostgreSQL, a NUL is text.
+            values[name] = json.dumps(value).replace("\\u0000", "\\ufffd")
         return values

@@ -42,6 +42,7 @@ from lib.settings.sections import Positive
 from serve.access import guard
 from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
+from serve.recording import record
 from serve.replica import size
 
 logger = logging.getLogger("ray.serve")
@@ -136,6 +137,8 @@ class Chat(OpenAiIngress):
             body.stream_options = StreamOptions(include_usage=True)
         else:
             told = True
+        if raw_request is not None:
+            raw_request.state.model = str(self._ref)
         async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
             parts = part if isinstance(part, list) else [part]
             for one in parts:
@@ -159,6 +162,7 @@ class Chat(OpenAiIngress):
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
+        record(app, self._serving.events)
         guard(app, self._serving.access)
         return app
 

@@ -16,6 +16,7 @@ from serve.access import guard
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
+from serve.recording import record
 
 
 class EncoderModel(ABC):
@@ -60,14 +61,14 @@ class Replica(Generic[M]):
             failed=self.models.failed,
         )
 
-    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int]:
-        """The answer, and the tokens that were read for it."""
+    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
+        """The answer, the tokens that were read for it, and the version that gave it."""
         with self.models.using() as loaded:
             results, tokens = await loaded.model.answer(inputs)
         response = self.response(
             results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
         )
-        return response, tokens
+        return response, tokens, str(loaded.ref)
 
 
 def http_api(
@@ -78,9 +79,12 @@ def http_api(
 
     @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
-        response, request.state.tokens = await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
+        inputs: list[Any] = body.inputs  # type: ignore[attr-defined]
+        state, identity = request.state, request_id(request)
+        response, state.tokens, state.model = await replica.respond(inputs, identity)
         return response
 
+    record(app, replica.serving.events)
     guard(app, replica.serving.access)
     return app
 

@@ -48,6 +48,17 @@ class AccessSettings(Section):
     """How long keys that were seen are believed while the database does not answer."""
 
 
+class EventSettings(Section):
+    """What is kept of requests and answers (lib/events.py)."""
+
+    record: bool = True
+    """Keep an event of each answer, and take feedback on it."""
+    content: bool = True
+    """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
+    max_bytes: Positive = 262_144
+    """A request or an answer that is longer is kept without its words."""
+
+
 class ServingSettings(Section):
     """How the champion answers (`serve.deploy`)."""
 
@@ -78,6 +89,7 @@ class ServingSettings(Section):
     max_chars: Positive = 20_000
     max_body_bytes: Positive = 4_000_000
     access: AccessSettings = AccessSettings()
+    events: EventSettings = EventSettings()
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""

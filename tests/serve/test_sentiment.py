@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from lib import keys
+from lib import events, keys
 from lib.artifacts import ModelRef
 from lib.settings import ServingSettings
 from lib.storage import local_copy
@@ -195,6 +195,28 @@ def test_tokens_are_charged_to_the_key(endpoint: Endpoint) -> None:
     assert [answer.status for answer in answers] == [200, 200, 429]
     assert answers[2].body["error"]["code"] == "rate_limit_exceeded"
     assert 5 <= int(answers[2].headers["retry-after"]) <= 10
+
+
+def test_answers_are_events_and_feedback_finds_them(endpoint: Endpoint) -> None:
+    answer = endpoint.post({"inputs": ["great, says ada@example.com"]}, x_request_id="event-1")
+    said = endpoint.post(
+        {"request_id": "event-1", "rating": -1, "comment": "no, bob@example.com"}, "/v1/feedback"
+    )
+    assert (said.status, said.body) == (200, {"request_id": "event-1", "status": "kept"})
+    (event,) = [row for row in events.read("reviews") if row["id"] == "event-1"]
+    assert event["request"] == {"inputs": ["great, says <EMAIL_1>"]}
+    assert event["answer"]["results"] == answer.body["results"]
+    assert (event["model"], event["route"], event["status"]) == ("reviews@1", "/v1/sentiment", 200)
+    assert event["tokens"] > 3
+    assert keys.find(endpoint.key).id == event["key"]
+    assert (event["feedback"]["rating"], event["feedback"]["comment"]) == (-1, "no, <EMAIL_1>")
+
+    unknown = endpoint.post({"request_id": "nobodys", "rating": 1}, "/v1/feedback")
+    assert (unknown.status, unknown.body["error"]["code"]) == (404, "unknown_request")
+    empty = endpoint.post({"request_id": "event-1"}, "/v1/feedback")
+    assert empty.status == 400
+    assert "at least one of rating, label" in empty.body["error"]["message"]
+    assert endpoint.post({"request_id": "event-1", "rating": 2}, "/v1/feedback").status == 400
 
 
 def test_after_all_that_the_replica_still_answers(endpoint: Endpoint) -> None:
