@@ -18,7 +18,7 @@ import uuid
 import httpx
 import pyarrow.parquet as pq
 
-from lib import storage
+from lib import keys, storage
 from lib.command import main, running_cluster
 from lib.data.plan import plan
 from lib.settings import Settings
@@ -32,6 +32,7 @@ STAGES = (
     ("serve", "serve.deploy", "champion → endpoint"),
 )
 SHOWN, TIMED, SECONDS = 4, 40, 20
+KEY_DAYS = 1
 
 
 def pipeline(settings: Settings) -> None:
@@ -62,7 +63,11 @@ def ask(settings: Settings) -> None:
     serving = settings.serving
     base = f"http://{serving.host}:{serving.port}{serving.route_prefix.rstrip('/')}"
     seconds: list[float] = []
-    with httpx.Client(base_url=base, timeout=60) as client:
+    headers = {}
+    if serving.access.required:
+        _, secret = keys.create("pipeline", [settings.name], days=KEY_DAYS)
+        headers = {"authorization": f"Bearer {secret}"}
+    with httpx.Client(base_url=base, timeout=60, headers=headers) as client:
         for number, row in enumerate(rows):
             if number >= SHOWN and sum(seconds) > SECONDS:
                 break
@@ -78,6 +83,8 @@ def ask(settings: Settings) -> None:
         f"  {len(seconds)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
     )
     print(f"\n  API docs     {base}/docs")
+    if headers:
+        print(f"  a key        {secret}   (for {KEY_DAYS:g} day; python -m serve.keys makes others)")
     if found := running_cluster():
         print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
         print(f"  MLflow page  {found['ui']}")

@@ -81,7 +81,7 @@ def client() -> MlflowClient:
         from mlflow import MlflowClient
 
         try:
-            with _tables_made_once(url):
+            with tables_made_once(url):
                 db = MlflowClient(tracking_uri=url, registry_uri=url)
                 db.search_registered_models(max_results=1)  # its tables are looked at on first use only
         except Exception as error:
@@ -91,7 +91,7 @@ def client() -> MlflowClient:
 
 
 @contextmanager
-def _tables_made_once(url: str) -> Iterator[None]:
+def tables_made_once(url: str) -> Iterator[None]:
     """Let one process at a time open an SQLite database.
 
     The first to open it makes MLflow's tables by some forty migrations; two processes that do so at the

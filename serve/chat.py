@@ -13,6 +13,7 @@ Two deployments. `Chat`, the ingress, checks a request and turns every mistake i
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError
@@ -30,14 +32,17 @@ from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse
+from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from lib import registry, tracking
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from serve.access import guard
 from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
+from serve.recording import record
 from serve.replica import size
 
 logger = logging.getLogger("ray.serve")
@@ -121,11 +126,27 @@ class Chat(OpenAiIngress):
             )
         return self._names[0]
 
-    async def _get_response(self, *, body: Any, **rest: Any) -> AsyncIterator[Any]:
+    async def _get_response(
+        self, *, body: Any, raw_request: Request | None = None, **rest: Any
+    ) -> AsyncIterator[Any]:
         # The engine knows one name only.
         body.model = await self._get_model_id(body.model)
-        async for part in super()._get_response(body=body, **rest):
-            yield part
+        told = getattr(body, "stream_options", None) is not None and body.stream_options.include_usage
+        if getattr(body, "stream", False) and not told:
+            # Whoever did not ask for it is not told; it is what a key's tokens are counted by.
+            body.stream_options = StreamOptions(include_usage=True)
+        else:
+            told = True
+        if raw_request is not None:
+            raw_request.state.model = str(self._ref)
+        async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
+            parts = part if isinstance(part, list) else [part]
+            for one in parts:
+                if raw_request is not None and (tokens := used_tokens(one)):
+                    raw_request.state.tokens = tokens
+            shown = parts if told else [one for one in parts if not is_usage_alone(one)]
+            if shown:
+                yield shown if isinstance(part, list) else shown[0]
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(
@@ -141,7 +162,31 @@ class Chat(OpenAiIngress):
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
+        record(app, self._serving.events)
+        guard(app, self._serving.access)
         return app
+
+
+def used_tokens(part: Any) -> int:
+    """Tokens of a prompt and its answer, by an answer or the last part of a stream; 0 where a part does not tell."""
+    usage = _plain(part).get("usage") or {}
+    return int(usage.get("total_tokens") or 0)
+
+
+def is_usage_alone(part: Any) -> bool:
+    """Whether a part of a stream tells the usage and nothing else."""
+    found = _plain(part)
+    return bool(found.get("usage")) and not found.get("choices")
+
+
+def _plain(part: Any) -> dict[str, Any]:
+    """A part of an answer: one of vLLM's models, or the text of a server-sent event."""
+    if isinstance(part, str):
+        if '"usage"' not in part or not part.startswith("data: {"):
+            return {}
+        found = json.loads(part.removeprefix("data: "))
+        return found if isinstance(found, dict) else {}
+    return part.model_dump(include={"usage", "choices"}) if isinstance(part, BaseModel) else {}
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:

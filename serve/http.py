@@ -25,6 +25,8 @@ from lib.errors import RequestError, WhorlError
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
+# The `type` of an error, where OpenAI's own is another than of a faulty request.
+KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Where pydantic speaks of its own matters.
 PLAINER = {
     "missing": "is missing",
@@ -152,7 +154,7 @@ def error_response(
     headers: dict[str, str] | None = None,
 ) -> JSONResponse:
     if status < 500:
-        kind = "invalid_request_error"
+        kind = KINDS.get(status, "invalid_request_error")
     else:
         kind = "service_unavailable" if status == 503 else "server_error"
     headers = dict(headers or {})

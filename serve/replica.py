@@ -12,9 +12,11 @@ from pydantic import BaseModel
 from ray import serve as ray_serve
 
 from lib.settings import ServingSettings
+from serve.access import guard
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
+from serve.recording import record
 
 
 class EncoderModel(ABC):
@@ -28,8 +30,8 @@ class EncoderModel(ABC):
         self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
 
     @abstractmethod
-    async def answer(self, inputs: list[Any]) -> list[Any]:
-        """An answer for each input, in their order."""
+    async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
+        """An answer for each input, in their order, and how many tokens the model read."""
 
     def close(self) -> None:
         self.batcher.close()
@@ -59,12 +61,14 @@ class Replica(Generic[M]):
             failed=self.models.failed,
         )
 
-    async def respond(self, inputs: list[Any], identity: str) -> BaseModel:
+    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
+        """The answer, the tokens that were read for it, and the version that gave it."""
         with self.models.using() as loaded:
-            results = await loaded.model.answer(inputs)
-        return self.response(
+            results, tokens = await loaded.model.answer(inputs)
+        response = self.response(
             results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
         )
+        return response, tokens, str(loaded.ref)
 
 
 def http_api(
@@ -75,8 +79,13 @@ def http_api(
 
     @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
-        return await replica.respond(body.inputs, request_id(request))  # type: ignore[attr-defined]
+        inputs: list[Any] = body.inputs  # type: ignore[attr-defined]
+        state, identity = request.state, request_id(request)
+        response, state.tokens, state.model = await replica.respond(inputs, identity)
+        return response
 
+    record(app, replica.serving.events)
+    guard(app, replica.serving.access)
     return app
 
 

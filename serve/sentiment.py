@@ -57,12 +57,13 @@ class Model(EncoderModel):
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
         super().__init__(task.load(folder, serving), serving)
 
-    async def answer(self, texts: list[str]) -> list[task.Answer]:
+    async def answer(self, texts: list[str]) -> tuple[list[task.Answer], int]:
         if sum(map(len, texts)) > CHARS_IN_LOOP:
             rows, truncated = await asyncio.to_thread(task.read, self.predictor.tokenizer, texts)
         else:
             rows, truncated = task.read(self.predictor.tokenizer, texts)
-        return task.answers(self.predictor, np.stack(await self.batcher.results(rows)), truncated)
+        logits = np.stack(await self.batcher.results(rows))
+        return task.answers(self.predictor, logits, truncated), sum(map(len, rows))
 
 
 @ray_serve.deployment(name="Sentiment", logging_config=LoggingConfig(enable_access_log=False))

@@ -54,11 +54,11 @@ class Model(EncoderModel):
     def __init__(self, folder: Path, serving: ServingSettings) -> None:
         super().__init__(task.load(folder, serving), serving)
 
-    async def answer(self, inputs: list[str | list[str]]) -> list[task.Answer]:
+    async def answer(self, inputs: list[str | list[str]]) -> tuple[list[task.Answer], int]:
         # Cutting a text into words is Python, and takes longer than a hop to a thread.
         texts, reading = await asyncio.to_thread(self._read, inputs)
         logits = task.class_logits(self.predictor, reading, await self.batcher.results(reading.rows))
-        return task.answers(self.predictor, inputs, texts, logits)
+        return task.answers(self.predictor, inputs, texts, logits), sum(map(len, reading.rows))
 
     def _read(self, inputs: list[str | list[str]]) -> tuple[list[Words], Reading]:
         texts = [cut_words(text) for text in inputs]

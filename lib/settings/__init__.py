@@ -17,7 +17,7 @@ from lib.settings.evaluation import (
 )
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
-from lib.settings.serving import ChatEngineSettings, ServingSettings
+from lib.settings.serving import AccessSettings, ChatEngineSettings, EventSettings, ServingSettings
 from lib.settings.training import (
     AdapterSettings,
     Dimension,
@@ -30,6 +30,7 @@ from lib.settings.use import Settings, task_names
 
 __all__ = [
     "REFUSALS",
+    "AccessSettings",
     "AdapterSettings",
     "AnswerSettings",
     "Behaviour",
@@ -37,6 +38,7 @@ __all__ = [
     "DataSettings",
     "Dimension",
     "EvaluationSettings",
+    "EventSettings",
     "HeadSettings",
     "JudgeSettings",
     "Labelled",

@@ -37,6 +37,28 @@ class ChatEngineSettings(Section):
     """Environment variables of the engine's processes."""
 
 
+class AccessSettings(Section):
+    """Who may ask (`python -m serve.keys`)."""
+
+    required: bool = True
+    """Without a key nobody is answered, but for health and documentation; false lets everybody in."""
+    keys_for_s: Annotated[float, Field(ge=0)] = 30
+    """How long a key is believed before the database is asked again: a revoked one may work that long."""
+    stale_for_s: Annotated[float, Field(ge=0)] = 3600
+    """How long keys that were seen are believed while the database does not answer."""
+
+
+class EventSettings(Section):
+    """What is kept of requests and answers (lib/events.py)."""
+
+    record: bool = True
+    """Keep an event of each answer, and take feedback on it."""
+    content: bool = True
+    """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
+    max_bytes: Positive = 262_144
+    """A request or an answer that is longer is kept without its words."""
+
+
 class ServingSettings(Section):
     """How the champion answers (`serve.deploy`)."""
 
@@ -66,6 +88,8 @@ class ServingSettings(Section):
     max_inputs: Positive = 256
     max_chars: Positive = 20_000
     max_body_bytes: Positive = 4_000_000
+    access: AccessSettings = AccessSettings()
+    events: EventSettings = EventSettings()
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""

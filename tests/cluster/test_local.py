@@ -62,6 +62,11 @@ class Copy:
     def submit(self, *words: str) -> subprocess.CompletedProcess[str]:
         return self.tool("ray", "job", "submit", "--working-dir", ".", "--", *words)
 
+    def key(self) -> str:
+        made = self.module("serve.keys", "create", "--name", "test", "--scopes", "mine,reviews")
+        assert made.returncode == 0, made.stderr
+        return made.stdout.strip()
+
     @property
     def up(self) -> list[str]:
         return [
@@ -149,7 +154,7 @@ def test_pipeline_from_a_csv_to_answers(copy: Copy) -> None:
     assert "API docs" in done.stdout
     assert "p50" in done.stdout
     port = (copy.folder / "mine.yaml").read_text().split("port: ")[1].split("}")[0]
-    assert ask(int(port)) == ["good", "bad"]
+    assert ask(int(port), copy.key()) == ["good", "bad"]
 
 
 def test_serve_deploy_takes_the_shipped_file(copy: Copy) -> None:
@@ -165,18 +170,19 @@ def test_serve_deploy_takes_the_shipped_file(copy: Copy) -> None:
     done = copy.tool("serve", "deploy", "serve/config.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     deadline = time.monotonic() + 120
-    while (answer := ask(port)) is None and time.monotonic() < deadline:
+    key = copy.key()
+    while (answer := ask(port, key)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
     assert answer == ["good", "bad"], copy.tool("serve", "status").stdout
 
 
-def ask(port: int) -> list[str] | None:
+def ask(port: int, key: str) -> list[str] | None:
     """The labels of a good and a bad review; None while the endpoint does not answer."""
     texts = ["the dress goodabcabc fits fine", "the dress awfulabcabc fits fine"]
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/sentiment",
         json.dumps({"inputs": texts}).encode(),
-        {"content-type": "application/json"},
+        {"content-type": "application/json", "authorization": f"Bearer {key}"},
     )
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:

@@ -15,7 +15,7 @@ from jobs.evaluate import evaluate
 from jobs.finetune import finetune
 from jobs.preprocess import preprocess
 from jobs.promote import promote
-from lib import registry, tracking
+from lib import keys, registry, tracking
 from lib.data.plan import plan
 from lib.errors import DataError
 from lib.evaluation import report as files
@@ -111,6 +111,8 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     champion = registry.champion("names")
     assert champion is not None
     url = deploy(settings)
+    _, secret = keys.create("test", ["names"])
+    headers = {"content-type": "application/json", "authorization": f"Bearer {secret}"}
     task = load_task("tagging")
     (shard,) = plan(settings).ref.shards("test")
     rows = pq.read_table(shard.removeprefix("file://")).slice(0, 20).to_pylist()
@@ -119,7 +121,7 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
         path, body = task.request(row, "names")
         body["inputs"].append(" ".join(row["tokens"]))
         data = json.dumps(body).encode()
-        request = urllib.request.Request(url + path, data, {"content-type": "application/json"})
+        request = urllib.request.Request(url + path, data, headers)
         with urllib.request.urlopen(request, timeout=60) as reply:
             answer = json.load(reply)
         words, text = answer["results"]

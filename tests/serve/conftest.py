@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from cluster.local import free_port
-from lib import storage
+from lib import keys, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
@@ -34,15 +34,18 @@ class Endpoint:
 
     url: str
     settings: Settings
+    key: str
 
     def post(self, body: bytes | str | dict[str, Any], path: str = "/v1/sentiment", **headers: str) -> Answer:
         data = json.dumps(body) if isinstance(body, dict) else body
         raw = data.encode() if isinstance(data, str) else data
-        named = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        named = {"content-type": "application/json", "authorization": f"Bearer {self.key}"}
+        named |= {k.replace("_", "-"): v for k, v in headers.items()}
         return self._send(urllib.request.Request(self.url + path, raw, named))
 
     def get(self, path: str, method: str = "GET") -> Answer:
-        return self._send(urllib.request.Request(self.url + path, method=method))
+        named = {"authorization": f"Bearer {self.key}"}
+        return self._send(urllib.request.Request(self.url + path, headers=named, method=method))
 
     def _send(self, request: urllib.request.Request) -> Answer:
         try:
@@ -101,6 +104,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Iterator
         yield folder
 
 
+def key(*scopes: str) -> str:
+    """A new key for all applications, or for some."""
+    return keys.create("tests", scopes or ["*"])[1]
+
+
 @pytest.fixture(scope="module")
 def endpoint(store: Path, ray_cluster: None) -> Iterator[Endpoint]:
     """reviews@1, deployed on a free port."""
@@ -111,5 +119,5 @@ def endpoint(store: Path, ray_cluster: None) -> Iterator[Endpoint]:
     settings = make_settings(
         model="reviews@1", port=free_port(), max_inputs=8, max_chars=500, max_body_bytes=20_000
     )
-    yield Endpoint(deploy(settings), settings)
+    yield Endpoint(deploy(settings), settings, key())
     ray_serve.shutdown()

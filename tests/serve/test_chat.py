@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ import psutil
 import pytest
 
 from cluster.local import free_port
-from lib import registry, storage, tracking
+from lib import keys, registry, storage, tracking
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
+from tests.serve.conftest import key
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -115,10 +116,15 @@ class Deployed:
     url: str
     settings: Settings
     ref: ModelRef
+    key: str
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        headers = {"authorization": f"Bearer {self.key}", "content-type": "application/json"}
+        return httpx.post(self.url + path, headers=headers, timeout=60, **body)
 
     def ask(self, **rest: Any) -> Any:
         return self.client.chat.completions.create(
@@ -140,7 +146,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ite
         ref = publish_chat(1)
         crown(ref)
         settings = chat_settings()
-        yield Deployed(deploy(settings), settings, ref)
+        yield Deployed(deploy(settings), settings, ref, key())
         engine = engine_processes()
         assert engine
         ray_serve.shutdown()
@@ -263,7 +269,7 @@ def test_a_clients_mistake_is_a_4xx_that_says_which(
     deployed: Deployed, change: dict[str, Any], says: str
 ) -> None:
     body = {"model": NAME, "messages": QUESTION, "max_tokens": 4, **change}
-    answer = httpx.post(f"{deployed.url}/v1/chat/completions", json=body, timeout=60)
+    answer = deployed.post("/v1/chat/completions", json=body)
     assert 400 <= answer.status_code < 500, answer.text
     error = answer.json()["error"]
     assert error["type"] == "invalid_request_error"
@@ -273,9 +279,7 @@ def test_a_clients_mistake_is_a_4xx_that_says_which(
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null"])
 def test_a_body_that_is_not_a_request_is_a_400(deployed: Deployed, body: bytes) -> None:
-    answer = httpx.post(
-        f"{deployed.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"}
-    )
+    answer = deployed.post("/v1/chat/completions", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
@@ -289,10 +293,37 @@ def test_the_api_describes_itself(deployed: Deployed) -> None:
 def test_a_row_of_a_dataset_is_asked_and_told_as_the_pipeline_does(deployed: Deployed) -> None:
     row = {"messages": [*QUESTION, {"role": "assistant", "content": "charge it"}]}
     path, body = chat.request(row, NAME)
-    reply = httpx.post(deployed.url + path, json={**body, "temperature": 0}, timeout=60).json()
+    reply = deployed.post(path, json={**body, "temperature": 0}).json()
     told = chat.tell(row, reply, [])
     assert f"→ {' '.join(greedy(deployed.ref, body['max_tokens']).split())}" in told
     assert "(the data says: charge it)" in told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tokens_of_a_key_are_counted(deployed: Deployed, stream: bool) -> None:
+    _, secret = keys.create("few", [NAME], tokens_per_minute=20)
+    few = replace(deployed, key=secret)
+    answer = few.ask(stream=stream)
+    if stream:
+        parts = list(answer)
+        # Who did not ask for the usage is not told.
+        assert not any(part.usage for part in parts)
+        assert all(part.choices for part in parts)
+    with pytest.raises(openai.RateLimitError) as refused:
+        few.ask()
+    assert "20 tokens a minute" in refused.value.message
+    assert int(refused.value.response.headers["retry-after"]) > 1
+    asked = deployed.ask(stream=True, stream_options={"include_usage": True})
+    assert [part.usage.total_tokens for part in asked if part.usage and not part.choices] == [
+        deployed.ask().usage.total_tokens
+    ]
+
+
+def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        replace(deployed, key="none").ask()
+    with pytest.raises(openai.PermissionDeniedError, match=f"is not for {NAME}"):
+        replace(deployed, key=key("other")).ask()
 
 
 def test_another_champion_is_taken_up(deployed: Deployed) -> None:

@@ -8,19 +8,20 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cluster.local import free_port
-from lib import storage
+from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.settings import ServingSettings
 from serve.deploy import application_config, deploy
 from serve.following import parse_reference
-from tests.serve.conftest import Endpoint, make_settings, publish_version
+from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
 pytestmark = pytest.mark.ray
 
@@ -140,9 +141,14 @@ def test_two_applications_share_the_port_by_their_prefixes(endpoint: Endpoint) -
     serving = serving.model_copy(update={"route_prefix": "/complaints"})
     url = deploy(other.model_copy(update={"serving": serving}))
     assert url.endswith("/complaints")
-    second = Endpoint(url, other)
+    second = Endpoint(url, other, endpoint.key)
     assert second.post({"inputs": ["great"]}).body["version"] == 2
     assert "/complaints/" in second.get("/docs").body
+    # A key's limit is one for all replicas of the cluster.
+    _, few = keys.create("few", ["*"], requests_per_minute=4)
+    limited = [replace(one, key=few).post({"inputs": ["great"]}) for one in (endpoint, second) * 3]
+    assert [answer.status for answer in limited] == [200] * 4 + [429] * 2
+    assert [answer.headers["x-ratelimit-remaining-requests"] for answer in limited[:4]] == list("3210")
     # The first was neither touched nor removed.
     assert endpoint.post({"inputs": ["great"]}).body["version"] == 1
     ray_serve.delete("complaints")
@@ -235,7 +241,7 @@ def test_a_replica_without_a_model_says_so_and_takes_it_when_it_comes(
         user_config={"model": "reviews@5"}, ray_actor_options={"runtime_env": {"env_vars": tracking.places()}}
     ).bind(ServingSettings())
     ray_serve.run(app, name="reviews", route_prefix="/")
-    endpoint = Endpoint(f"http://127.0.0.1:{port}", make_settings())
+    endpoint = Endpoint(f"http://127.0.0.1:{port}", make_settings(), key())
     for answer in (endpoint.get("/readyz"), endpoint.post({"inputs": ["great"]})):
         assert answer.status == 503
         assert int(answer.headers["retry-after"]) > 0

@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
+from lib import events, keys
 from lib.artifacts import ModelRef
 from lib.settings import ServingSettings
 from lib.storage import local_copy
-from tests.serve.conftest import LABELS, Endpoint
+from tests.serve.conftest import LABELS, Endpoint, key
 
 pytestmark = pytest.mark.ray
 
@@ -162,6 +163,7 @@ def test_a_long_body_is_a_413_as_it_arrives(endpoint: Endpoint) -> None:
     with socket.create_connection((parts.hostname, parts.port), timeout=30) as connection:
         connection.sendall(
             b"POST /v1/sentiment HTTP/1.1\r\nhost: test\r\nconnection: close\r\n"
+            b"authorization: Bearer " + endpoint.key.encode() + b"\r\n"
             b"content-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         for _ in range(5):
@@ -173,6 +175,48 @@ def test_a_long_body_is_a_413_as_it_arrives(endpoint: Endpoint) -> None:
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 413")
     assert json.loads(body)["error"]["code"] == "body_too_large"
+
+
+def test_nobody_is_answered_without_a_key_of_the_application(endpoint: Endpoint) -> None:
+    body = {"inputs": ["great"]}
+    missing = endpoint.post(body, authorization="")
+    assert (missing.status, missing.body["error"]["code"]) == (401, "invalid_api_key")
+    # Before anything is read of it.
+    assert endpoint.post("no json", authorization=f"Bearer {keys.PREFIX}x").status == 401
+    other = endpoint.post(body, authorization=f"Bearer {key('else')}")
+    assert (other.status, other.body["error"]["code"]) == (403, "not_in_scope")
+    assert endpoint.post(body, authorization=f"Bearer {key('reviews')}").status == 200
+
+
+def test_tokens_are_charged_to_the_key(endpoint: Endpoint) -> None:
+    _, secret = keys.create("few", ["*"], tokens_per_minute=40)
+    answers = [endpoint.post({"inputs": ["good " * 20]}, authorization=f"Bearer {secret}") for _ in range(3)]
+    # 22 tokens each with their special ones; a debt is known when the next one asks.
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert answers[2].body["error"]["code"] == "rate_limit_exceeded"
+    assert 5 <= int(answers[2].headers["retry-after"]) <= 10
+
+
+def test_answers_are_events_and_feedback_finds_them(endpoint: Endpoint) -> None:
+    answer = endpoint.post({"inputs": ["great, says ada@example.com"]}, x_request_id="event-1")
+    said = endpoint.post(
+        {"request_id": "event-1", "rating": -1, "comment": "no, bob@example.com"}, "/v1/feedback"
+    )
+    assert (said.status, said.body) == (200, {"request_id": "event-1", "status": "kept"})
+    (event,) = [row for row in events.read("reviews") if row["id"] == "event-1"]
+    assert event["request"] == {"inputs": ["great, says <EMAIL_1>"]}
+    assert event["answer"]["results"] == answer.body["results"]
+    assert (event["model"], event["route"], event["status"]) == ("reviews@1", "/v1/sentiment", 200)
+    assert event["tokens"] > 3
+    assert keys.find(endpoint.key).id == event["key"]
+    assert (event["feedback"]["rating"], event["feedback"]["comment"]) == (-1, "no, <EMAIL_1>")
+
+    unknown = endpoint.post({"request_id": "nobodys", "rating": 1}, "/v1/feedback")
+    assert (unknown.status, unknown.body["error"]["code"]) == (404, "unknown_request")
+    empty = endpoint.post({"request_id": "event-1"}, "/v1/feedback")
+    assert empty.status == 400
+    assert "at least one of rating, label" in empty.body["error"]["message"]
+    assert endpoint.post({"request_id": "event-1", "rating": 2}, "/v1/feedback").status == 400
 
 
 def test_after_all_that_the_replica_still_answers(endpoint: Endpoint) -> None:

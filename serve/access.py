@@ -1,0 +1,281 @@
+"""Who may ask an application, and how often: keys, scopes and limits, in front of everything that it does.
+
+    Authorization: Bearer whorl_…
+
+Keys are looked up in the database and believed for a while (`serving.access.keys_for_s`), also while the database is
+away (`stale_for_s`). Limits hold over all replicas: one actor of the cluster counts (lib/limits.py). Were it lost,
+each replica would count for itself until Ray has started it anew.
+
+Refusals are OpenAI's: 401 `invalid_api_key`, 403 `not_in_scope`, 429 `rate_limit_exceeded` with Retry-After. What is
+left of a key's limits is told in OpenAI's headers too (x-ratelimit-remaining-requests and their like).
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
+
+import ray
+from fastapi import FastAPI
+from ray import serve as ray_serve
+from ray.exceptions import RayError
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lib import keys
+from lib.errors import StorageError
+from lib.keys import Key
+from lib.limits import Buckets, Charge, Verdict
+from lib.settings import AccessSettings
+from serve.http import error_response
+
+logger = logging.getLogger("ray.serve")
+
+# Health for machines, and what the documentation is read from.
+OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/static-offline-docs")
+KEYS_KEPT = 10_000
+COUNTER = "whorl-limits"
+NAMESPACE = "whorl"
+COUNTER_STARTS_S = 30.0
+COUNTER_WAITS_S = 1.0
+# How long it is not asked again after it did not answer.
+COUNTER_AWAY_S = 5.0
+
+
+class Limiter(Protocol):
+    async def take(self, charges: Sequence[Charge]) -> Verdict:
+        """Take all charges or none."""
+
+    async def charge(self, charges: Sequence[Charge]) -> None:
+        """Take charges that were known only afterwards."""
+
+
+class Counter:
+    """The actor that counts for all replicas of the cluster."""
+
+    def __init__(self) -> None:
+        self._buckets = Buckets()
+
+    def take(self, charges: list[Charge]) -> Verdict:
+        return self._buckets.take(charges, time.monotonic())
+
+    def charge(self, charges: list[Charge]) -> None:
+        self._buckets.charge(charges, time.monotonic())
+
+
+class SharedLimiter:
+    """`Limiter` by the cluster's `Counter`; by this process's own while that does not answer."""
+
+    def __init__(self) -> None:
+        self._own = Buckets()
+        self._counter: Any = None
+        self._has_answered = False
+        self._away_until = 0.0
+
+    async def take(self, charges: Sequence[Charge]) -> Verdict:
+        if time.monotonic() < self._away_until:
+            return self._own.take(charges, time.monotonic())
+        # The first who ask wait until it has started.
+        patience = COUNTER_WAITS_S if self._has_answered else COUNTER_STARTS_S
+        try:
+            verdict: Verdict = await asyncio.wait_for(self._found().take.remote(list(charges)), patience)
+        except (RayError, TimeoutError, ValueError):
+            self._is_away()
+            return self._own.take(charges, time.monotonic())
+        self._has_answered = True
+        return verdict
+
+    async def charge(self, charges: Sequence[Charge]) -> None:
+        if time.monotonic() < self._away_until:
+            self._own.charge(charges, time.monotonic())
+            return
+        try:
+            self._found().charge.remote(list(charges))  # nobody waits for it
+        except (RayError, ValueError):
+            self._is_away()
+            self._own.charge(charges, time.monotonic())
+
+    def _is_away(self) -> None:
+        logger.warning("the counter of limits does not answer; this replica counts for itself for a while")
+        self._counter, self._has_answered = None, False
+        self._away_until = time.monotonic() + COUNTER_AWAY_S
+
+    def _found(self) -> Any:
+        if self._counter is None:
+            self._counter = (
+                ray.remote(Counter)
+                .options(
+                    name=COUNTER,
+                    namespace=NAMESPACE,
+                    lifetime="detached",
+                    get_if_exists=True,
+                    num_cpus=0,
+                    max_restarts=-1,
+                )
+                .remote()
+            )
+        return self._counter
+
+
+class KnownKeys:
+    """Keys by their secrets, from the database, remembered for a while."""
+
+    def __init__(self, settings: AccessSettings, find: Callable[[str], Key | None] = keys.find) -> None:
+        self._settings = settings
+        self._find = find
+        self._known: OrderedDict[str, tuple[Key | None, float]] = OrderedDict()
+        self._asked: dict[str, asyncio.Task[Key | None]] = {}
+
+    async def find(self, secret: str) -> Key | None:
+        """The key; None for a secret of nobody. Raises StorageError when the database is away and the key was not
+        seen lately."""
+        if not secret.startswith(keys.PREFIX):
+            return None
+        name = keys.digest(secret)
+        known = self._known.get(name)
+        if known and time.monotonic() - known[1] < self._settings.keys_for_s:
+            return known[0]
+        if name not in self._asked:
+            # Many requests with one key at the same moment ask the database once.
+            self._asked[name] = asyncio.create_task(asyncio.to_thread(self._find, secret))
+            self._asked[name].add_done_callback(lambda _: self._asked.pop(name, None))
+        try:
+            key = await asyncio.shield(self._asked[name])
+        except Exception as error:
+            if known and known[0] and time.monotonic() - known[1] < self._settings.stale_for_s:
+                logger.warning("the database does not answer; keys seen lately are believed")
+                return known[0]
+            raise StorageError("keys cannot be looked up now; try again") from error
+        self._known[name] = (key, time.monotonic())
+        self._known.move_to_end(name)
+        if len(self._known) > KEYS_KEPT:
+            self._known.popitem(last=False)
+        return key
+
+
+class Access:
+    """ASGI middleware: lets a request through that bears a valid key of the application, within its limits.
+
+    `scope["state"]` then has `key` (`lib.keys.Key`); what the application leaves there as `tokens` is charged.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        application: str,
+        settings: AccessSettings,
+        known: KnownKeys | None = None,
+        limiter: Limiter | None = None,
+    ) -> None:
+        self._app = app
+        self._application = application
+        self._known = known or KnownKeys(settings)
+        self._limiter = limiter or SharedLimiter()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or _is_open(_path(scope)):
+            await self._app(scope, receive, send)
+            return
+        try:
+            key, refusal = await self._recognise(scope)
+        except StorageError as error:
+            key, refusal = None, error_response(503, str(error), code="keys_unavailable")
+        if key is None:
+            await refusal(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["key"] = key
+        charges = _charges(key)
+        headers: list[tuple[bytes, bytes]] = []
+        if charges:
+            verdict = await self._limiter.take(charges)
+            headers = _left(charges, verdict)
+            if not verdict.allowed:
+                await _slow_down(key, verdict, headers)(scope, receive, send)
+                return
+        await self._app(scope, receive, _with(send, headers))
+        if key.tokens_per_minute and state.get("tokens"):
+            await self._limiter.charge([Charge(f"{key.id}/tokens", state["tokens"], key.tokens_per_minute)])
+
+    async def _recognise(self, scope: Scope) -> tuple[Key | None, Any]:
+        """The request's key, or the answer that refuses it."""
+        given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        scheme, _, secret = given.partition(" ")
+        if not given:
+            return None, _unknown("no API key; send the header Authorization: Bearer KEY")
+        if scheme.lower() != "bearer":
+            return None, _unknown("the Authorization header must be Bearer KEY")
+        key = await self._known.find(secret.strip())
+        if key is None:
+            return None, _unknown("this API key does not exist")
+        if not key.is_valid():
+            return None, _unknown(f"this API key ({key.id}) was revoked or has expired")
+        if not key.opens(self._application):
+            return None, error_response(
+                403,
+                f"key {key.id} is not for {self._application} (it is for {', '.join(sorted(key.scopes))})",
+                code="not_in_scope",
+            )
+        return key, None
+
+
+def guard(app: FastAPI, settings: AccessSettings) -> None:
+    """Put `Access` in front of an application that is built in a replica."""
+    if settings.required:
+        name = ray_serve.get_replica_context().app_name
+        app.add_middleware(Access, application=name, settings=settings)
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
+
+
+def _is_open(path: str) -> bool:
+    return any(path == known or path.startswith(f"{known}/") for known in OPEN)
+
+
+def _charges(key: Key) -> list[Charge]:
+    charges = []
+    if key.requests_per_minute:
+        charges.append(Charge(f"{key.id}/requests", 1, key.requests_per_minute))
+    if key.tokens_per_minute:
+        # How many, is known when the answer is; until then a debt is all that stops one.
+        charges.append(Charge(f"{key.id}/tokens", 0, key.tokens_per_minute))
+    return charges
+
+
+def _left(charges: list[Charge], verdict: Verdict) -> list[tuple[bytes, bytes]]:
+    """OpenAI's headers: x-ratelimit-limit-requests, x-ratelimit-remaining-requests, the same of tokens."""
+    found = []
+    for charge, remaining in zip(charges, verdict.remaining, strict=True):
+        kind = charge.name.rpartition("/")[2]
+        found.append((f"x-ratelimit-limit-{kind}".encode(), str(charge.per_minute).encode()))
+        found.append((f"x-ratelimit-remaining-{kind}".encode(), str(remaining).encode()))
+    return found
+
+
+def _with(send: Send, headers: list[tuple[bytes, bytes]]) -> Callable[[Message], Awaitable[None]]:
+    async def sending(message: Message) -> None:
+        if headers and message["type"] == "http.response.start":
+            message = {**message, "headers": [*message["headers"], *headers]}
+        await send(message)
+
+    return sending
+
+
+def _unknown(message: str) -> Any:
+    return error_response(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
+
+
+def _slow_down(key: Key, verdict: Verdict, headers: list[tuple[bytes, bytes]]) -> Any:
+    kind = str(verdict.stopped_by).rpartition("/")[2]
+    limit = key.requests_per_minute if kind == "requests" else key.tokens_per_minute
+    wait = max(1, math.ceil(verdict.wait_s))
+    return error_response(
+        429,
+        f"key {key.id} may use {limit} {kind} a minute; try again in {wait} s",
+        code="rate_limit_exceeded",
+        headers={"retry-after": str(wait)} | {name.decode(): value.decode() for name, value in headers},
+    )
