@@ -159,7 +159,12 @@ def read(application: str | None = None, since: float = 0.0) -> Iterator[dict[st
 def journals() -> Path:
     """This machine's folder of journals for the database in use."""
     name = hashlib.sha256(tracking.database_url().encode()).hexdigest()[:16]
-    return Path(tempfile.gettempdir()) / f"whorl-events-{os.getuid()}" / name
+    own = Path(tempfile.gettempdir()) / f"whorl-events-{os.getuid()}"
+    own.mkdir(mode=0o700, exist_ok=True)
+    found = own.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:  # another user made it, to read what is in it
+        return Path(tempfile.mkdtemp(prefix="whorl-events-"))
+    return own / name
 
 
 class Journal:
@@ -237,7 +242,12 @@ class Recorder:
         self._thread.join(seconds)
 
     def _work(self) -> None:
-        journal = Journal(self._folder)
+        try:
+            self._write(Journal(self._folder))
+        except Exception:
+            logger.exception("events are not recorded any more")
+
+    def _write(self, journal: Journal) -> None:
         pending: list[dict[str, Any]] = []
         """In the journal and in memory; beyond BATCH in the journal alone (`behind`)."""
         behind, next_try = True, 0.0  # what others left is behind, too

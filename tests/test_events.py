@@ -190,6 +190,16 @@ def test_feedback_is_of_an_event_and_may_be_said_again(storage: Path) -> None:
     assert said == {"rating": -1, "label": "negative", "comment": "good", "correction": None}
 
 
+def test_journals_lie_where_nobody_else_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(events.tempfile, "tempdir", str(tmp_path))
+    folder = events.journals()
+    assert folder.parent.stat().st_mode & 0o077 == 0
+    assert events.journals() == folder
+    folder.parent.chmod(0o755)  # somebody else's, made before us
+    assert events.journals().parent != folder.parent
+
+
 def test_a_journal_is_held_by_its_process_alone(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.append([b"{}"])
