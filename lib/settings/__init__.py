@@ -17,7 +17,13 @@ from lib.settings.evaluation import (
 )
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
-from lib.settings.serving import AccessSettings, ChatEngineSettings, EventSettings, ServingSettings
+from lib.settings.serving import (
+    AccessSettings,
+    ChatEngineSettings,
+    CurationSettings,
+    EventSettings,
+    ServingSettings,
+)
 from lib.settings.training import (
     AdapterSettings,
     Dimension,
@@ -35,6 +41,7 @@ __all__ = [
     "AnswerSettings",
     "Behaviour",
     "ChatEngineSettings",
+    "CurationSettings",
     "DataSettings",
     "Dimension",
     "EvaluationSettings",

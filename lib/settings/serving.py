@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from lib.settings.sections import Positive, Section
+from lib.settings.sections import Name, Positive, Section
 
 
 class ChatEngineSettings(Section):
@@ -57,6 +57,15 @@ class EventSettings(Section):
     """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
     max_bytes: Positive = 262_144
     """A request or an answer that is longer is kept without its words."""
+
+
+class CurationSettings(Section):
+    """Which events and feedback become training rows (`jobs.curate`)."""
+
+    application: Name | None = None
+    """Whose events; None: the application of this configuration's name."""
+    days: Annotated[float, Field(gt=0)] | None = None
+    """Only events of the last so many days."""
 
 
 class ServingSettings(Section):

@@ -14,7 +14,7 @@ from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.sections import Name, Section
-from lib.settings.serving import ServingSettings
+from lib.settings.serving import CurationSettings, ServingSettings
 from lib.settings.training import ModelSettings, TrainingSettings, TuningSettings
 
 
@@ -33,6 +33,7 @@ class Settings(Section):
     promotion: PromotionSettings = PromotionSettings()
     plan: PlanSettings = PlanSettings()
     serving: ServingSettings = ServingSettings()
+    curation: CurationSettings = CurationSettings()
 
     @field_validator("task")
     @classmethod

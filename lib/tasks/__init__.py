@@ -147,6 +147,10 @@ class Task(Protocol):
         `name` is the served model's, for an API whose requests name one.
         """
 
+    def from_feedback(self, event: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows of a source, under default names of columns, that an event and what was said of it teach
+        (`lib.events.read`). A task without it learns nothing from feedback."""
+
     def tell(self, row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
         """The JSON reply to such a request beside the truth, in a line for people."""
 
@@ -159,6 +163,20 @@ def judged(name: str) -> Literal["classes", "answers"]:
 def deciding_metric(settings: Settings) -> str:
     """The validation metric that says which checkpoint is best: `training.metric`, else the task's own."""
     return settings.training.metric or load_task(settings.task).METRIC
+
+
+GOOD = 0.5
+"""A rating from here on says that an answer was good."""
+
+
+def is_good(feedback: dict[str, Any]) -> bool:
+    """Whether what was said of an answer (`lib.events`) finds it good."""
+    return feedback["rating"] is not None and feedback["rating"] >= GOOD
+
+
+def learns_from_feedback() -> list[str]:
+    """Tasks with a `from_feedback(event)`, which makes rows of a source of an event and what was said of it."""
+    return [name for name in task_names() if hasattr(load_task(name), "from_feedback")]
 
 
 def check_behaviours(settings: Settings) -> None:

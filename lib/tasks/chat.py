@@ -28,7 +28,7 @@ from lib.encoders import IGNORED
 from lib.errors import ConfigError
 from lib.labels import MISSING
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
-from lib.tasks import Prepared, UnencodableError
+from lib.tasks import Prepared, UnencodableError, is_good
 from lib.text import normalise
 
 if TYPE_CHECKING:
@@ -270,3 +270,26 @@ def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
 def _shown(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) < SHOWN_CHARS else line[: SHOWN_CHARS - 3] + "…"
+
+
+def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """The dialogue with the answer that should have been given, or with the one that was and was found good."""
+    said = event["feedback"]
+    answer = said["correction"] or said["preferred"] or (is_good(said) and given(event))
+    if not answer:
+        return []
+    return [{"messages": [*asked(event), {"role": "assistant", "content": answer}]}]
+
+
+def asked(event: dict[str, Any]) -> list[dict[str, str]]:
+    """The turns before the answer, of a request for a chat completion or for a completion."""
+    request = event["request"]
+    if "messages" not in request:
+        return [{"role": "user", "content": request["prompt"]}]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in request["messages"]]
+
+
+def given(event: dict[str, Any]) -> str:
+    """The first answer of an event."""
+    choice = event["answer"]["choices"][0]
+    return str(choice["message"]["content"] if "message" in choice else choice["text"])

@@ -293,3 +293,11 @@ def metrics(outputs: Outputs) -> dict[str, float]:
 def save(model: nn.Module, base: Path, info: TaskFile, folder: Path) -> None:
     """A chat model's directory."""
     chat.save(model, base, dataclasses.replace(info, task="chat"), folder)
+
+
+def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answer that a user preferred, or corrected it to, beside the one that was given."""
+    better, worse = event["feedback"]["preferred"] or event["feedback"]["correction"], chat.given(event)
+    if not better or better == worse:
+        return []
+    return [{"prompt": chat.asked(event), "chosen": better, "rejected": worse}]

@@ -28,7 +28,7 @@ from lib.errors import ConfigError
 from lib.heads import Head
 from lib.labels import MISSING, UNKNOWN, Mapping
 from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
-from lib.tasks import Prepared
+from lib.tasks import Prepared, is_good
 from lib.text import is_empty, normalise
 
 if TYPE_CHECKING:
@@ -345,3 +345,14 @@ def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
             classes[start + label].partition("/")[2] if label >= 0 else "?" for start, (_, label) in labels
         ]
     return f"{text}\n    → {', '.join(said)}   (the data says: {', '.join(truth)})"
+
+
+def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
+    """A text with the label that was said to be right, or with the one that was given and found good.
+
+    Nothing of a request with several texts: which one was meant is not known.
+    """
+    said, inputs = event["feedback"], event["request"]["inputs"]
+    if len(inputs) != 1 or not (said["label"] or is_good(said)):
+        return []
+    return [{"text": inputs[0], "label": said["label"] or event["answer"]["results"][0]["label"]}]
