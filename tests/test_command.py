@@ -26,7 +26,15 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "job",
-    ["jobs.preprocess", "jobs.finetune", "jobs.evaluate", "jobs.promote", "jobs.pipeline", "serve.deploy"],
+    [
+        "jobs.preprocess",
+        "jobs.finetune",
+        "jobs.evaluate",
+        "jobs.promote",
+        "jobs.curate",
+        "jobs.pipeline",
+        "serve.deploy",
+    ],
 )
 def test_every_command_explains_itself_and_refuses_an_unknown_key(job: str) -> None:
     shown = command(job, "--help")
