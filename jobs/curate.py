@@ -56,6 +56,8 @@ def curate(settings: Settings) -> None:
     storage.write_bytes(path, content)
     print(f"written to   {path}   ({len(rows):,} rows)")
     labels = f" --data.labels '[{', '.join(settings.data.label_names)}]'" if settings.data.label_names else ""
+    if settings.data.slices:
+        labels += " --data.slices {}"
     print(
         f"next         python -m jobs.preprocess --config … --data.source {path} {COLUMNS[settings.task]}{labels}"
     )
