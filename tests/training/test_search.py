@@ -413,10 +413,14 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
     run = tracking.find_run(settings, "tune", run_id)
     assert run.status() == "FINISHED"
     # The trial that was finished was not trained again, the one that was interrupted was, and none came twice.
-    children = tracking.children(run_id, "tiny")
-    assert [child.status() for child in children] == ["FINISHED"] * 2
+    everyone = tracking.children(run_id, "tiny")
+    children = [child for child in everyone if child.status() == "FINISHED"]
+    # Ray Tune writes down what it has begun every few seconds: a trial that was killed before that begins anew.
+    lost = [child for child in everyone if child.status() == "KILLED"]
+    assert (len(children), len(lost)) in ((2, 0), (2, 1))
+    assert len(everyone) == len(children) + len(lost)
     assert first.client.get_run(first.ref.id).info.end_time == ended
-    assert sorted("resumed" in child.tags() for child in children) == [False, True]
+    assert sorted("resumed" in child.tags() for child in children) == [False, not lost]
     trials = json.loads(places.read_bytes(places.join(run.artifacts_uri(), "trials.json")))["trials"]
     assert len({trial["id"] for trial in trials}) == 2
     assert all(trial["score"] is not None for trial in trials)
