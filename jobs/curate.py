@@ -20,12 +20,6 @@ from lib.errors import ConfigError, DataError
 from lib.settings import Settings
 from lib.tasks import learns_from_feedback, load_task
 
-COLUMNS = {
-    "sentiment": "--data.columns.text text --data.columns.label label",
-    "chat": "--data.columns.messages messages",
-    "preference": "--data.columns.prompt prompt --data.columns.chosen chosen --data.columns.rejected rejected",
-}
-
 
 def curate(settings: Settings) -> None:
     able = learns_from_feedback()
@@ -33,17 +27,23 @@ def curate(settings: Settings) -> None:
         raise ConfigError(
             f"task {settings.task} learns nothing from feedback (those that do: {', '.join(able)})"
         )
-    application = settings.curation.application or settings.name
+    task, application = load_task(settings.task), settings.curation.application or settings.name
     since = time.time() - settings.curation.days * 86_400 if settings.curation.days else 0.0
     counts: Counter[str] = Counter()
     rows: dict[str, None] = {}  # in the order of their events, each once
+    columns: dict[str, None] = {}
     for event in events.read(application, since):
         counts["events"] += 1
         if event["feedback"] is None:
             continue
         counts["with feedback"] += 1
-        for row in learned(settings.task, event, counts):
-            rows[json.dumps(row, ensure_ascii=False)] = None
+        if event["request"] is None or event["answer"] is None:
+            counts["without words"] += 1
+            continue
+        learned = task.from_feedback(event)
+        counts["that teach" if learned else "that teach nothing"] += 1
+        columns |= {column: None for row in learned for column in row}
+        rows |= {json.dumps(row, ensure_ascii=False): None for row in learned}
     print(", ".join(f"{number:,} {what}" for what, number in counts.items()) or "no events", flush=True)
     if not rows:
         raise DataError(
@@ -55,23 +55,12 @@ def curate(settings: Settings) -> None:
     path = storage.join(storage.root(), "curated", settings.name, name)
     storage.write_bytes(path, content)
     print(f"written to   {path}   ({len(rows):,} rows)")
-    labels = f" --data.labels '[{', '.join(settings.data.label_names)}]'" if settings.data.label_names else ""
+    words = [f"--data.source {path}", *(f"--data.columns.{column} {column}" for column in columns)]
+    if settings.data.label_names:
+        words.append(f"--data.labels '[{', '.join(settings.data.label_names)}]'")
     if settings.data.slices:
-        labels += " --data.slices {}"
-    print(
-        f"next         python -m jobs.preprocess --config … --data.source {path} {COLUMNS[settings.task]}{labels}"
-    )
-
-
-def learned(task: str, event: dict[str, object], counts: Counter[str]) -> list[dict[str, object]]:
-    """The rows of one event; none of one whose words were not kept."""
-    try:
-        rows: list[dict[str, object]] = load_task(task).from_feedback(event)
-    except (KeyError, TypeError, IndexError, AttributeError):
-        counts["without words, or of another form"] += 1
-        return []
-    counts["that teach nothing" if not rows else "that teach"] += 1
-    return rows
+        words.append("--data.slices {}")
+    print(f"next         python -m jobs.preprocess --config … {' '.join(words)}")
 
 
 if __name__ == "__main__":

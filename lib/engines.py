@@ -186,7 +186,7 @@ def chosen_precision(wanted: Literal["auto", "bf16", "fp32"], gpu: bool) -> Lite
         import torch
 
         return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if tracking.machine()["bf16"] else "fp32"
+    return tracking.cpu_precision()
 
 
 def _config(folder: Path) -> dict[str, Any]:

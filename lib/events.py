@@ -62,7 +62,9 @@ FEEDBACK = Table(
 )
 WAITING = 10_000
 """Events that may wait for the thread; more are dropped, and their number is logged."""
-BATCH, EVERY_S, AGAIN_S = 500, 0.5, 5.0
+BATCH = 500
+EVERY_S, AGAIN_S = 0.5, 5.0
+"""How often events are put into the database, and how long it is left alone when it is away."""
 JOURNAL_BYTES = 512 * 2**20
 """What a journal may hold while the database is away; beyond it the newest are dropped."""
 
@@ -107,34 +109,35 @@ def write(rows: Iterable[dict[str, Any]]) -> None:
     if not values:
         return
     engine = database.engine()
-    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
     with engine.begin() as connection:
-        connection.execute(insert(EVENTS).on_conflict_do_nothing(index_elements=["id"]), values)
+        connection.execute(_insert(engine, EVENTS).on_conflict_do_nothing(index_elements=["id"]), values)
 
 
-def say(feedback: Feedback) -> None:
-    """Keep what was said of an answer. Raises RequestError (404) for a request id that no event has,
-    StorageError when the database is away."""
+def say(feedback: Feedback, application: str) -> None:
+    """Keep what was said of an answer of `application`. Raises UnknownRequestError for a request id that none of its
+    events has, StorageError when the database is away."""
     engine = database.engine()
-    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
     values = asdict(feedback)
     said = {name: value for name, value in values.items() if value is not None and name != "id"}
-    statement = insert(FEEDBACK).values(values).on_conflict_do_update(index_elements=["id"], set_=said)
+    meant = select(EVENTS.c.id).where(EVENTS.c.id == feedback.id, EVENTS.c.application == application)
     try:
-        _say(engine, feedback.id, statement)
+        with engine.begin() as connection:
+            if connection.execute(meant).first() is None:
+                raise UnknownRequestError(
+                    f"no answer of {application} has the request id {feedback.id!r}; it is the answer's "
+                    "x-request-id",
+                    param="request_id",
+                    code="unknown_request",
+                )
+            new = _insert(engine, FEEDBACK).values(values)
+            connection.execute(new.on_conflict_do_update(index_elements=["id"], set_=said))
     except SQLAlchemyError as error:
         raise StorageError("feedback cannot be kept now; try again") from error
 
 
-def _say(engine: Engine, request_id: str, statement: Any) -> None:
-    with engine.begin() as connection:
-        if connection.execute(select(EVENTS.c.id).where(EVENTS.c.id == request_id)).first() is None:
-            raise UnknownRequestError(
-                f"no answer has the request id {request_id!r}; it is the answer's request_id or x-request-id",
-                param="request_id",
-                code="unknown_request",
-            )
-        connection.execute(statement)
+def _insert(engine: Engine, table: Table) -> Any:
+    """An insert that can say what happens to rows that are there: each database has its own."""
+    return (postgresql if engine.dialect.name == "postgresql" else sqlite).insert(table)
 
 
 class UnknownRequestError(RequestError):
@@ -250,37 +253,32 @@ class Recorder:
     def _write(self, journal: Journal) -> None:
         pending: list[dict[str, Any]] = []
         """In the journal and in memory; beyond BATCH in the journal alone (`behind`)."""
-        behind, next_try = True, 0.0  # what others left is behind, too
+        behind, next_store = True, 0.0  # what others left is behind, too
         while True:
-            fresh = self._gather()
+            fresh = self._gather(next_store if pending or behind else time.monotonic() + AGAIN_S)
             if fresh:
                 behind |= not self._keep(journal, fresh, pending)
             closing = self._closed.is_set() and self._waiting.empty()
-            if (pending or behind) and (time.monotonic() >= next_try or closing):
+            if (pending or behind) and (time.monotonic() >= next_store or closing):
                 try:
                     self._store(journal, pending, behind)
-                    pending, behind, next_try = [], False, 0.0
+                    pending, behind, next_store = [], False, time.monotonic() + EVERY_S
                 except (SQLAlchemyError, StorageError, OSError) as error:
                     logger.warning("events wait for the database: %s", type(error).__name__)
-                    next_try = time.monotonic() + AGAIN_S
+                    next_store = time.monotonic() + AGAIN_S
             if closing:
                 journal.close()
                 return
 
-    def _gather(self) -> list[Event]:
-        """What came within EVERY_S, or a batch."""
+    def _gather(self, until: float) -> list[Event]:
+        """What waits now; when nothing does, the first that comes before `until` (time.monotonic). It goes into the
+        journal at once: a killed process loses what is not there."""
         found: list[Event] = []
-        until = time.monotonic() + EVERY_S
-        while len(found) < BATCH and (left := until - time.monotonic()) > 0:
-            try:
-                event = self._waiting.get(timeout=left)
-            except queue.Empty:
-                break
-            if event is None:
-                break
-            found.append(event)
-            if self._waiting.empty():  # into the journal at once: a killed process loses what is not there
-                break
+        with suppress(queue.Empty):
+            event = self._waiting.get(timeout=max(0.0, until - time.monotonic()))
+            while event is not None:
+                found.append(event)
+                event = self._waiting.get_nowait() if len(found) < BATCH else None
         return found
 
     def _keep(self, journal: Journal, fresh: list[Event], pending: list[dict[str, Any]]) -> bool:

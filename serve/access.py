@@ -195,9 +195,13 @@ class Access:
             if not verdict.allowed:
                 await _slow_down(key, verdict, headers)(scope, receive, send)
                 return
-        await self._app(scope, receive, _with(send, headers))
-        if key.tokens_per_minute and state.get("tokens"):
-            await self._limiter.charge([Charge(f"{key.id}/tokens", state["tokens"], key.tokens_per_minute)])
+        try:
+            await self._app(scope, receive, _with(send, headers))
+        finally:  # also of an answer that the client did not wait for
+            if key.tokens_per_minute and state.get("tokens"):
+                await self._limiter.charge(
+                    [Charge(f"{key.id}/tokens", state["tokens"], key.tokens_per_minute)]
+                )
 
     async def _recognise(self, scope: Scope) -> tuple[Key | None, Any]:
         """The request's key, or the answer that refuses it."""

@@ -19,11 +19,11 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from fastapi import Depends, FastAPI, Request
-from pydantic import BaseModel
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
 from ray.serve.exceptions import BackPressureError
@@ -131,20 +131,20 @@ class Chat(OpenAiIngress):
     ) -> AsyncIterator[Any]:
         # The engine knows one name only.
         body.model = await self._get_model_id(body.model)
-        told = getattr(body, "stream_options", None) is not None and body.stream_options.include_usage
-        if getattr(body, "stream", False) and not told:
-            # Whoever did not ask for it is not told; it is what a key's tokens are counted by.
+        options = getattr(body, "stream_options", None)
+        # It is what a key's tokens are counted by; whoever did not ask for it is not told.
+        is_ours = bool(body.stream) and not (options and options.include_usage)
+        if is_ours:
             body.stream_options = StreamOptions(include_usage=True)
-        else:
-            told = True
-        if raw_request is not None:
-            raw_request.state.model = str(self._ref)
+        state = raw_request.state if raw_request is not None else SimpleNamespace()
+        state.model = str(self._ref)
         async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
-            parts = part if isinstance(part, list) else [part]
-            for one in parts:
-                if raw_request is not None and (tokens := used_tokens(one)):
-                    raw_request.state.tokens = tokens
-            shown = parts if told else [one for one in parts if not is_usage_alone(one)]
+            shown = []
+            for one in part if isinstance(part, list) else [part]:
+                tokens, is_alone = usage_of(one)
+                state.tokens = tokens or getattr(state, "tokens", 0)
+                if not (is_ours and is_alone):
+                    shown.append(one)
             if shown:
                 yield shown if isinstance(part, list) else shown[0]
 
@@ -167,26 +167,16 @@ class Chat(OpenAiIngress):
         return app
 
 
-def used_tokens(part: Any) -> int:
-    """Tokens of a prompt and its answer, by an answer or the last part of a stream; 0 where a part does not tell."""
-    usage = _plain(part).get("usage") or {}
-    return int(usage.get("total_tokens") or 0)
-
-
-def is_usage_alone(part: Any) -> bool:
-    """Whether a part of a stream tells the usage and nothing else."""
-    found = _plain(part)
-    return bool(found.get("usage")) and not found.get("choices")
-
-
-def _plain(part: Any) -> dict[str, Any]:
-    """A part of an answer: one of vLLM's models, or the text of a server-sent event."""
+def usage_of(part: Any) -> tuple[int, bool]:
+    """Tokens of a prompt and its answer that a part of an answer tells (0: it tells none), and whether it tells
+    nothing else. A part is one of vLLM's models or, in a stream, the text of a server-sent event."""
     if isinstance(part, str):
-        if '"usage"' not in part or not part.startswith("data: {"):
-            return {}
+        if not part.startswith("data: {") or '"usage":{' not in part.replace('"usage": {', '"usage":{'):
+            return 0, False
         found = json.loads(part.removeprefix("data: "))
-        return found if isinstance(found, dict) else {}
-    return part.model_dump(include={"usage", "choices"}) if isinstance(part, BaseModel) else {}
+        return int(found["usage"]["total_tokens"]), not found.get("choices")
+    usage = getattr(part, "usage", None)
+    return (int(usage.total_tokens), not part.choices) if usage else (0, False)
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:

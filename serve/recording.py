@@ -180,6 +180,8 @@ def record(app: FastAPI, settings: EventSettings) -> None:
     if not settings.record:
         return
 
+    application = ray_serve.get_replica_context().app_name
+
     @app.post("/v1/feedback", tags=["feedback"], summary="Say what an answer was worth")
     async def feedback(request: Request, body: FeedbackRequest) -> FeedbackResponse:
         key = getattr(request.state, "key", None)
@@ -194,11 +196,11 @@ def record(app: FastAPI, settings: EventSettings) -> None:
         until = time.monotonic() + FEEDBACK_WAITS_S
         while True:
             try:
-                await asyncio.to_thread(events.say, said)
+                await asyncio.to_thread(events.say, said, application)
                 return FeedbackResponse(request_id=body.request_id)
             except events.UnknownRequestError:
                 if time.monotonic() > until:
                     raise
             await asyncio.sleep(0.2)
 
-    app.add_middleware(Recording, application=ray_serve.get_replica_context().app_name, settings=settings)
+    app.add_middleware(Recording, application=application, settings=settings)

@@ -58,7 +58,7 @@ def test_bf16_stays_near_fp32(classifier: Path, engine: str) -> None:
 
 
 def test_auto_takes_openvino_in_bf16_where_the_processor_has_it(classifier: Path) -> None:
-    precision = "bf16" if tracking.machine()["bf16"] else "fp32"
+    precision = tracking.cpu_precision()
     assert load_encoder(classifier, ServingSettings()).name == f"openvino {precision}"
 
 

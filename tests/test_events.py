@@ -86,6 +86,19 @@ def test_an_id_that_comes_twice_is_one_event(storage: Path, tmp_path: Path) -> N
     assert [row["request"] for row in events.read()] == [{"inputs": ["hello"]}]
 
 
+def test_events_are_put_into_the_database_together(storage: Path, tmp_path: Path) -> None:
+    database = Database()
+    recorder = Recorder(redaction, tmp_path, database)
+    for number in range(40):
+        recorder.record(event(number))
+        time.sleep(0.01)
+    recorder.close()
+    assert sum(database.batches) == 40
+    assert len([batch for batch in database.batches if batch]) <= 4, (
+        "one for each EVERY_S, not for each event"
+    )
+
+
 def test_a_database_that_is_away_loses_nothing(storage: Path, tmp_path: Path, quick: None) -> None:
     database = Database()
     database.away = True
@@ -178,13 +191,15 @@ def test_what_cannot_be_redacted_is_not_kept(storage: Path, tmp_path: Path) -> N
 
 
 def test_feedback_is_of_an_event_and_may_be_said_again(storage: Path) -> None:
-    with pytest.raises(events.UnknownRequestError, match="no answer has the request id 'r1'"):
-        events.say(Feedback("r1", rating=1))
+    with pytest.raises(events.UnknownRequestError, match="no answer of reviews has the request id 'r1'"):
+        events.say(Feedback("r1", rating=1), "reviews")
     recorder = Recorder(redaction, storage / "journals")
     recorder.record(event(1))
     recorder.close()
-    events.say(Feedback("r1", rating=1, comment="good"))
-    events.say(Feedback("r1", rating=-1, label="negative"))
+    events.say(Feedback("r1", rating=1, comment="good"), "reviews")
+    events.say(Feedback("r1", rating=-1, label="negative"), "reviews")
+    with pytest.raises(events.UnknownRequestError, match="no answer of support has the request id 'r1'"):
+        events.say(Feedback("r1", rating=1), "support")
     (row,) = events.read()
     said = {name: row["feedback"][name] for name in ("rating", "label", "comment", "correction")}
     assert said == {"rating": -1, "label": "negative", "comment": "good", "correction": None}

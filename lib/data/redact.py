@@ -12,12 +12,17 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-# A number as people write it: digits with single spaces, dots, dashes, slashes or brackets between.
-# Where words have no spaces between them, a letter may stand before and behind.
+import phonenumbers
+from stdnum import iban, luhn
+from stdnum.cn import ric
+from stdnum.us import ssn
+
+# Where a language puts no spaces between words, a letter of it may stand before and behind.
 _BEFORE, _BEHIND = r"(?<![0-9A-Za-z_.+-])", r"(?![0-9A-Za-z_-])"
+# A number as people write it: digits with single spaces, dots, dashes, slashes or brackets between.
 _DIGITS = rf"{_BEFORE}\+?\(?\d(?:[ ().\-/]{{0,2}}\d){{6,22}}{_BEHIND}"
 _PATTERNS: tuple[tuple[str, str], ...] = (
     ("URL", r"(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"),
@@ -80,11 +85,6 @@ class Redaction:
         return self._known[key]
 
 
-def redact(texts: Iterable[str]) -> list[str]:
-    """Texts, each with placeholders of its own."""
-    return [Redaction().text(text) for text in texts]
-
-
 def _plain(character: str) -> str:
     same = unicodedata.normalize("NFKC", character)
     return same if len(same) == 1 else character
@@ -113,23 +113,16 @@ def _compared(kind: str, value: str) -> str:
 
 
 def _is_card(value: str, _: tuple[str, ...]) -> bool:
-    from stdnum import luhn
-
     digits = re.sub(r"\D", "", value)
     # Lengths and first digits of the networks (ISO/IEC 7812): 3 to 6, Mastercard's 2221 to 2720.
     return 13 <= len(digits) <= 19 and digits[0] in "23456" and luhn.is_valid(digits) and "/" not in value
 
 
 def _is_iban(value: str, _: tuple[str, ...]) -> bool:
-    from stdnum import iban
-
     return bool(iban.is_valid(value, check_country=False))
 
 
 def _is_id(value: str, _: tuple[str, ...]) -> bool:
-    from stdnum.cn import ric
-    from stdnum.us import ssn
-
     if re.fullmatch(r"\d{17}[\dXx]", value):
         return bool(ric.is_valid(value))
     return bool(re.fullmatch(r"\d{3}[- ]\d{2}[- ]\d{4}", value) and ssn.is_valid(value.replace(" ", "-")))
@@ -140,21 +133,21 @@ def _is_ip(value: str, _: tuple[str, ...]) -> bool:
         address = ipaddress.ip_address(value)
     except ValueError:
         return False
-    return not (address.is_unspecified or address.is_loopback)
+    # `a::b` is an address too, and more often a name in a program.
+    named = address.version == 6 and not any(c.isdigit() for c in value)
+    return not (named or address.is_unspecified or address.is_loopback)
 
 
 def _is_phone(value: str, regions: tuple[str, ...]) -> bool:
-    import phonenumbers
-
     digits = re.sub(r"\D", "", value)
     if not 7 <= len(digits) <= 15 or _DATE.match(value):
         return False
     if value.lstrip("(").startswith("+"):
-        return _is_valid(phonenumbers, value, None)
+        return _is_valid(value, None)
     grouped = re.search(r"\d[ ().\-/]+\d", value) is not None
     return any(
         _is_written_so(digits, grouped, region, phonenumbers.ndd_prefix_for_region(region, True))
-        and _is_valid(phonenumbers, value, region)
+        and _is_valid(value, region)
         for region in regions
     )
 
@@ -173,10 +166,10 @@ def _is_written_so(digits: str, grouped: bool, region: str, prefix: str | None) 
     return grouped
 
 
-def _is_valid(phonenumbers: object, value: str, region: str | None) -> bool:
+def _is_valid(value: str, region: str | None) -> bool:
     try:
-        return bool(phonenumbers.is_valid_number(phonenumbers.parse(value, region)))  # type: ignore[attr-defined]
-    except phonenumbers.NumberParseException:  # type: ignore[attr-defined]
+        return bool(phonenumbers.is_valid_number(phonenumbers.parse(value, region)))
+    except phonenumbers.NumberParseException:
         return False
 
 

@@ -185,7 +185,7 @@ def generation_dtype(precision: str, device: str) -> torch.dtype:
     import torch
 
     if precision == "auto":
-        has = torch.cuda.is_bf16_supported() if device == "cuda" else tracking.machine()["bf16"]
+        has = torch.cuda.is_bf16_supported() if device == "cuda" else tracking.cpu_precision() == "bf16"
         return torch.bfloat16 if has else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float32
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 
@@ -111,11 +110,6 @@ def host_memory() -> float:
     return min(limits)
 
 
-def cpu_precision() -> Literal["bf16", "fp32"]:
-    """What this machine's processor trains in: bf16 is hundreds of times slower where it lacks it."""
-    return "bf16" if tracking.machine()["bf16"] else "fp32"
-
-
 def _measure(device: str) -> tuple[float, float]:
     """Operations a second of a large matrix product in the number format that the device trains in, and bytes a
     second of a copy, on all cores."""
@@ -132,7 +126,7 @@ def _measure(device: str) -> tuple[float, float]:
         return statistics.median(times[1:])  # the first warms up
 
     size = 8192 if device == "cuda" else 3072
-    half = device == "cuda" or cpu_precision() == "bf16"
+    half = device == "cuda" or tracking.cpu_precision() == "bf16"
     a = torch.randn(size, size, dtype=torch.bfloat16 if half else torch.float32, device=device)
     source = torch.ones(64 * 2**20, device=device)
     target = torch.empty_like(source)

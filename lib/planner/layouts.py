@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lib import tracking
 from lib.errors import ConfigError, nearest
 from lib.planner import architecture, hardware, memory, timing, trained
 from lib.planner.architecture import Architecture
@@ -105,7 +106,7 @@ def layout(model: Architecture, settings: Settings, *, gpu: bool) -> Layout:
     sequence = settings.plan.sequence or settings.model.max_length
     precision = training.precision
     if precision == "auto":  # 16 bits on every GPU; which kind makes no difference here
-        precision = "bf16" if gpu else hardware.cpu_precision()
+        precision = "bf16" if gpu else tracking.cpu_precision()
     return Layout(
         zero_stage=training.zero_stage,
         # Of a number that follows the cluster, the least must fit.

@@ -274,22 +274,23 @@ def _shown(text: str) -> str:
 
 def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
     """The dialogue with the answer that should have been given, or with the one that was and was found good."""
-    said = event["feedback"]
-    answer = said["correction"] or said["preferred"] or (is_good(said) and given(event))
-    if not answer:
+    said, turns = event["feedback"], asked(event)
+    answer = said["correction"] or said["preferred"] or (given(event) if is_good(said) else "")
+    if not turns or not answer:
         return []
-    return [{"messages": [*asked(event), {"role": "assistant", "content": answer}]}]
+    return [{"messages": [*turns, {"role": "assistant", "content": answer}]}]
 
 
 def asked(event: dict[str, Any]) -> list[dict[str, str]]:
-    """The turns before the answer, of a request for a chat completion or for a completion."""
+    """The turns before the answer, of a request for a chat completion or for a completion; none where one of them is
+    not a text (a call of a tool, a picture, a prompt in tokens)."""
     request = event["request"]
-    if "messages" not in request:
-        return [{"role": "user", "content": request["prompt"]}]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in request["messages"]]
+    given_turns = request.get("messages") or [{"role": "user", "content": request.get("prompt")}]
+    turns = [{"role": turn["role"], "content": turn.get("content")} for turn in given_turns]
+    return turns if all(isinstance(turn["content"], str) for turn in turns) else []
 
 
 def given(event: dict[str, Any]) -> str:
-    """The first answer of an event."""
+    """The text of an event's first answer; empty where it has none."""
     choice = event["answer"]["choices"][0]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
+    return (choice["message"]["content"] if "message" in choice else choice["text"]) or ""

@@ -297,7 +297,8 @@ def save(model: nn.Module, base: Path, info: TaskFile, folder: Path) -> None:
 
 def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
     """The answer that a user preferred, or corrected it to, beside the one that was given."""
-    better, worse = event["feedback"]["preferred"] or event["feedback"]["correction"], chat.given(event)
-    if not better or better == worse:
+    prompt, worse = chat.asked(event), chat.given(event)
+    better = event["feedback"]["preferred"] or event["feedback"]["correction"]
+    if not prompt or not worse or not better or better == worse:
         return []
-    return [{"prompt": chat.asked(event), "chosen": better, "rejected": worse}]
+    return [{"prompt": prompt, "chosen": better, "rejected": worse}]

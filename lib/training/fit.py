@@ -143,18 +143,6 @@ def _trainer(
     per_worker: dict[str, float] = {"CPU": training.cpus_per_worker}
     if on_gpu:
         per_worker["GPU"] = training.gpus_per_worker
-    environment = {
-        **tracking.places(),
-        **QUIET,
-        "TOKENIZERS_PARALLELISM": "false",
-        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
-        "PYTHONWARNINGS": "ignore",
-        # Ray Train would say each line twice: once as it is, once by its logger.
-        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    }
-    for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
     folder, elastic = checkpoints.run_folder(run, part), not isinstance(training.workers, int)
     begin = part.begin if part else None
     context = ray.data.DataContext.get_current()
@@ -189,11 +177,28 @@ def _trainer(
             ),
             failure_config=FailureConfig(max_failures=training.max_failures),
             callbacks=[checkpoints.Keeper(folder), *callbacks],
-            worker_runtime_env={"env_vars": environment},
+            worker_runtime_env={"env_vars": _environment(on_gpu)},
             # Ray would print each report and checkpoint; the loop prints what counts.
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def _environment(on_gpu: bool) -> dict[str, str]:
+    """What a worker's process has in its environment."""
+    environment = {
+        **tracking.places(),
+        **QUIET,
+        "TOKENIZERS_PARALLELISM": "false",
+        "DS_ACCELERATOR": "cuda" if on_gpu else "cpu",
+        "PYTHONWARNINGS": "ignore",
+        # Ray Train would say each line twice: once as it is, once by its logger.
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    }
+    for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    return environment
 
 
 def export(

@@ -27,12 +27,12 @@ from lib.artifacts import DatasetRef, RunRef
 from lib.base_models import base_directory
 from lib.direction import gain
 from lib.errors import ConfigError
-from lib.progress import Progress
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, deciding_metric, load_task, packs
 from lib.training import batches, checkpoints, trainable, windows, zero
 from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
+from lib.training.logged import Logged
 
 # Validation keeps no gradients, so its batches may be larger.
 VALIDATION_BATCH = 4
@@ -363,41 +363,6 @@ class Loop:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return tensor.cpu().numpy()
-
-
-class Logged:
-    """The run's curves and the progress bar, on rank 0; on the others it does nothing.
-
-    Steps that were logged before a worker or the driver was killed are trained again, and give the same
-    figures: they are not logged again, so that a curve has one value for each step.
-    """
-
-    def __init__(self, run: tracking.Run | None, rows: int, state: State, terminal: bool) -> None:
-        self.run = run
-        if run is None:
-            return
-        self.until = {kind: run.last_step(f"{kind}/loss") for kind in ("train", "validation")}
-        self.progress = Progress(rows, "training", "rows", terminal, done=int(state.seen))
-
-    def training(self, record: dict[str, float], seen: float) -> None:
-        if self.run is None:
-            return
-        if record["step"] > self.until["train"]:
-            values = {f"train/{k}": v for k, v in record.items() if k != "step"}
-            self.run.log_metrics(values, int(record["step"]))
-        self.progress.to(int(seen), f"loss {record['loss']:.3f}")
-
-    def validation(self, step: int, metrics: dict[str, float], better: bool) -> None:
-        if self.run is None:
-            return
-        if step > self.until["validation"]:
-            self.run.log_metrics({f"validation/{k}": v for k, v in metrics.items()}, step)
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-        print(f"validation after step {step}: {shown}{'  (best so far)' if better else ''}", flush=True)
-
-    def close(self) -> None:
-        if self.run is not None:
-            self.progress.close()
 
 
 def peak_memory_gib() -> float:

@@ -28,7 +28,7 @@ def precision(training: TrainingSettings) -> str:
         return training.precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if tracking.machine()["bf16"] else "fp32"
+    return tracking.cpu_precision()
 
 
 def config(training: TrainingSettings, parameters: int, universal: bool = False) -> dict[str, Any]:

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lib.tracking import machine
+from lib.tracking import cpu_precision
 from tests.bench.environments import rival_python
 from tests.bench.report import Report
 
@@ -243,7 +243,7 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", choices=["packed", "padded"], default=["packed", "padded"])
     arguments = parser.parse_args()
-    precision = arguments.precision or ("bf16" if machine()["bf16"] else "fp32")
+    precision = arguments.precision or cpu_precision()
     chosen = words(arguments.limit, arguments.base, precision)
     preprocess = [sys.executable, "-m", "jobs.preprocess", "--config", CONFIG, *chosen]
     subprocess.run(preprocess, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -27,7 +27,8 @@ from typing import Any
 
 import psutil
 
-from lib.planner import architecture, hardware, memory, timing
+from lib import tracking
+from lib.planner import architecture, memory, timing
 from lib.planner.architecture import Architecture
 from lib.planner.memory import GIB, HOST_LIBRARIES, Layout
 from lib.settings import TrainingSettings
@@ -276,7 +277,7 @@ def main() -> None:
     report = Report("memory")
     shape = architecture.named("smollm2-135m")
     # Where the processor lacks bf16, a step in it takes minutes.
-    kinds = ("bf16", "fp32") if hardware.cpu_precision() == "bf16" else ("fp32",)
+    kinds = ("bf16", "fp32") if tracking.cpu_precision() == "bf16" else ("fp32",)
     for precision in kinds:
         for stage in range(4):
             layout = Layout(

@@ -148,7 +148,7 @@ def trainer(kind: str, rows_in_step: int, folder: str) -> None:
         learning_rate=settings.training.learning_rate,
         weight_decay=settings.training.weight_decay,
         warmup_steps=settings.training.warmup,
-        bf16=best and bool(tracking.machine()["bf16"]),
+        bf16=best and tracking.cpu_precision() == "bf16",
         train_sampling_strategy="group_by_length" if best else "random",
         use_cpu=True,
         report_to=[],

@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.data.redact import Redaction, redact
+from lib.data.redact import Redaction
+
+
+def redacted(text: str) -> str:
+    return Redaction().text(text)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +37,7 @@ from lib.data.redact import Redaction, redact
     ],
 )  # fmt: skip
 def test_found(text: str, said: str) -> None:
-    assert redact([text]) == [said]
+    assert redacted(text) == said
 
 
 @pytest.mark.parametrize(
@@ -49,13 +53,14 @@ def test_found(text: str, said: str) -> None:
         "size 10-12, rows 100-200, ISO 9001:2015",
         "@ada said so, at 5 @ 3",
         "127.0.0.1 is home",
+        "call a::b and std::move",
         "110105194912310021 has a wrong check digit",
         "DE00 3704 0044 0532 0130 00 is no account",
         "parcel 1Z999AA10123456784",
     ],
 )
 def test_left_alone(text: str) -> None:
-    assert redact([text]) == [text]
+    assert redacted(text) == text
 
 
 def test_one_redaction_keeps_its_placeholders_over_texts_and_in_json() -> None:
@@ -75,17 +80,12 @@ def test_one_redaction_keeps_its_placeholders_over_texts_and_in_json() -> None:
 
 @given(st.text(max_size=200))
 def test_any_text_is_taken_and_a_second_pass_changes_nothing(text: str) -> None:
-    (once,) = redact([text])
-    assert redact([once]) == [once]
+    once = redacted(text)
+    assert redacted(once) == once
 
 
-def test_long_hostile_texts_take_no_long_time() -> None:
-    for text in (
-        "1-" * 20_000,
-        "a@" * 20_000,
-        "::" * 20_000,
-        "DE89 " * 8_000,
-        "1 " * 20_000,
-        "." * 40_000 + "@",
-    ):
-        redact([text])
+@pytest.mark.timeout(30)  # what backtracks takes minutes
+@pytest.mark.parametrize("part", ["1-", "a@", "::", "DE89 ", "1 ", ".", "://a:", "eyJ"])
+def test_long_hostile_texts_are_read_once(part: str) -> None:
+    text = part * (60_000 // len(part))
+    assert redacted(text) == text

@@ -37,7 +37,7 @@ def happened(
     }  # fmt: skip
     events.write([values])
     if said:
-        events.say(Feedback(name, **said))
+        events.say(Feedback(name, **said), application)
 
 
 def labelled(*labels: str) -> dict[str, Any]:

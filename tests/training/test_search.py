@@ -367,6 +367,23 @@ def drive(folder: Path, environment: dict[str, str], *words: str) -> subprocess.
     )
 
 
+def killed_in_its_second_trial(driver: subprocess.Popen[str]) -> tuple[str, tracking.Run]:
+    """The id of the search's run, and the run of its first trial, which was finished."""
+    run_id = next(line for line in driver.stdout if line.startswith("run ")).split()[1].rstrip(":")
+
+    def states() -> list[str]:
+        return sorted(child.status() for child in tracking.children(run_id, "tiny"))
+
+    try:
+        wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
+    finally:
+        assert driver.poll() is None, driver.stderr.read()
+        kill(driver)
+    assert states() == ["FINISHED", "RUNNING"]
+    (first,) = [c for c in tracking.children(run_id, "tiny") if c.status() == "FINISHED"]
+    return run_id, first
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
@@ -390,19 +407,7 @@ def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
 
     with tempfile.TemporaryDirectory(prefix="whorl-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         environment = {**os.environ, "RAY_TMPDIR": ray_folder, "OMP_NUM_THREADS": "1"}
-        driver = drive(tmp_path, environment)
-        run_id = next(line for line in driver.stdout if line.startswith("run ")).split()[1].rstrip(":")
-
-        def states() -> list[str]:
-            return sorted(child.status() for child in tracking.children(run_id, "tiny"))
-
-        try:
-            wait_for(lambda: states() == ["FINISHED", "RUNNING"] or driver.poll() is not None, "two trials")
-        finally:
-            assert driver.poll() is None, driver.stderr.read()
-            kill(driver)
-        assert states() == ["FINISHED", "RUNNING"]
-        (first,) = [c for c in tracking.children(run_id, "tiny") if c.status() == "FINISHED"]
+        run_id, first = killed_in_its_second_trial(drive(tmp_path, environment))
         ended = first.client.get_run(first.ref.id).info.end_time
 
         again = drive(tmp_path, environment, "--tuning.resume", run_id)
