@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lib import storage, tracking
+from lib import champions, storage, tracking
 from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
 from lib.direction import gain, lower_is_better
 from lib.errors import ModelError, RegistryError, nearest
@@ -177,15 +177,35 @@ def set_alias(ref: ModelRef, alias: str) -> None:
     tracking.client().set_registered_model_alias(ref.name, alias, str(ref.version))
 
 
-def crown(ref: ModelRef, instead_of: ModelRef | None) -> bool:
+def crown(ref: ModelRef, instead_of: ModelRef | None, why: str = "promoted") -> bool:
     """Make a version champion instead of the one that it was compared with.
 
     False, and nothing done, when the champion is another by now: the comparison is out of date.
     """
+    number = champions.latest(ref.name) + 1
     if champion(ref.name) != instead_of:
+        return False
+    if not champions.record(ref.name, number, ref.version, instead_of.version if instead_of else None, why):
         return False
     set_alias(ref, CHAMPION)
     return True
+
+
+def roll_back(name: str, why: str) -> tuple[ModelRef, ModelRef]:
+    """Make the version champion that was it before the present one: which went, and which came.
+
+    Done again, it goes back one more. Raises RegistryError when there is no champion, none before it is known, or
+    another change came in between.
+    """
+    present = resolve(name, CHAMPION)
+    number = champions.before(name, present.version)
+    if number is None:
+        raise RegistryError(f"{present} has no champion before it; promote another version instead")
+    ref = resolve(name, str(number))
+    if not crown(ref, present, champions.ROLLBACK + why):
+        raise RegistryError(f"the champion of {name} changed meanwhile; look at it, and roll back again")
+    note(present, rolled_back=why)
+    return present, ref
 
 
 def describe(ref: ModelRef) -> dict[str, Any]:
