@@ -4,7 +4,7 @@
 
 The alias (`champion` by default) is resolved here, once, so that every replica serves the same version.
 When only the version differs from what runs, replicas swap it without a restart and without losing a
-request; other changes of `serving` replace replicas one by one. Other applications are left alone.
+request, after a trial beside the one that answers where `serving.canary` asks for it; other changes of `serving` replace replicas one by one. Other applications are left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from lib import command, registry, storage, tracking
+from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings, Settings
@@ -51,8 +51,8 @@ def deploy(settings: Settings) -> str:
     return url
 
 
-def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
-    """The application as `serve deploy` would read it from a file.
+def application_config(settings: Settings, ref: ModelRef, instead_of: str | None = None) -> dict[str, Any]:
+    """The application as `serve deploy` would read it from a file; `instead_of` answers while `ref` is on trial.
 
     The version is in `user_config` alone, what Ray Serve changes without restarting replicas; or, for a task
     that starts its engine anew, in the arguments.
@@ -70,9 +70,8 @@ def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
     if served_as(settings) in STARTED_ANEW:
         arguments |= {"model": _reference(settings), "version": ref.version}
     else:
-        application["deployments"] = [
-            {"name": served_as(settings).capitalize(), "user_config": {"model": str(ref)}}
-        ]
+        follows = {"model": str(ref)} | ({"instead_of": instead_of} if instead_of else {})
+        application["deployments"] = [{"name": served_as(settings).capitalize(), "user_config": follows}]
     return application
 
 
@@ -175,7 +174,7 @@ def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> 
         for name, found in running.items()
         if name != settings.name and found["deployed_app_config"]
     ]
-    ours = application_config(settings, ref)
+    ours = application_config(settings, ref, _instead_of(running.get(settings.name), settings, ref))
     for name, found in running.items():
         if name != settings.name and found["route_prefix"] == ours["route_prefix"]:
             raise ResourceError(
@@ -183,6 +182,32 @@ def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> 
                 f"set serving.route_prefix, such as /{settings.name}"
             )
     client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, ours]}))
+
+
+def _instead_of(app: dict[str, Any] | None, settings: Settings, ref: ModelRef) -> str | None:
+    """The version that answers now, where `ref` is to stand trial beside it.
+
+    Raises ModelError when that trial was lost already.
+    """
+    deployments = app and app["deployed_app_config"] and app["deployed_app_config"].get("deployments")
+    if settings.serving.canary is None or not deployments:
+        return None
+    follows = deployments[0].get("user_config") or {}
+    asked, before = (
+        registry.resolve(*parse_reference(follows[key])) if key in follows else None
+        for key in ("model", "instead_of")
+    )
+    earlier = asked and canary.find(settings.name, asked.version)
+    answering = asked if before is None or (earlier and earlier.passed) else before
+    trial = canary.find(settings.name, ref.version)
+    if answering in (None, ref) or (trial and trial.passed):
+        return None
+    if trial and trial.passed is False:
+        raise ModelError(
+            f"{ref} did not pass its trial: {trial.why}; promote another version, or deploy it without a trial by "
+            "--serving.canary null"
+        )
+    return str(answering)
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -209,6 +234,8 @@ def _wait(client: ServeControllerClient, settings: Settings, ref: ModelRef, url:
         if state == "RUNNING":
             status, answer = _ask(f"{url}/readyz")
             if status == 200 and f"{answer['model']}@{answer['version']}" == str(ref):
+                return
+            if status == 200 and (answer["trial"] or "").startswith(f"{ref}:"):
                 return
             if status == 200 and answer["failed"]:
                 raise ModelError(f"{answer['model']}@{answer['version']} goes on serving: {answer['failed']}")
@@ -244,6 +271,8 @@ def job(settings: Settings) -> None:
     url = deploy(settings)
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
+    if answer["trial"]:
+        print(f"  on trial  {answer['trial']}")
     print(f"  API docs  {url}/docs")
     task = served_as(settings)
     example = load_task(task).Request.model_json_schema()["examples"][0]

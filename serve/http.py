@@ -58,6 +58,8 @@ class Ready(BaseModel):
     engine: str
     failed: str | None = None
     """Why the version that was asked for last is not the one that is served."""
+    trial: str | None = None
+    """How far the trial of a new version is, while there is one."""
 
 
 class Readiness(Protocol):

@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the annotations of what inherits this.
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from serve.access import guard
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
+from serve.probation import Probation
 from serve.recording import record
 
 
@@ -33,6 +35,10 @@ class EncoderModel(ABC):
     async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
         """An answer for each input, in their order, and how many tokens the model read."""
 
+    @abstractmethod
+    def differ(self, one: Any, other: Any) -> tuple[bool, float]:
+        """Whether two answers to one input disagree, and how far they lie apart, from 0 to 1."""
+
     def close(self) -> None:
         self.batcher.close()
 
@@ -48,8 +54,18 @@ class Replica(Generic[M]):
     def __init__(self, serving: ServingSettings, load: Callable[[Path, ServingSettings], M]) -> None:
         self.serving = serving
         self.models: Following[M] = Following(lambda folder: load(folder, serving))
+        self.trial: Probation[M] | None = None
+        if serving.canary is not None:
+            name = ray_serve.get_replica_context().app_name
+            self.trial = Probation(name, serving.canary, lambda folder: load(folder, serving), self.models)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        before = user_config.get("instead_of")
+        if self.trial is not None and before is not None:
+            await self.trial.follow(user_config["model"], before)
+            return
+        if self.trial is not None:
+            self.trial.stop()
         await self.models.follow(user_config["model"])
 
     def ready(self) -> Ready:
@@ -59,12 +75,16 @@ class Replica(Generic[M]):
             version=loaded.ref.version,
             engine=loaded.model.name,
             failed=self.models.failed,
+            trial=self.trial.told if self.trial else None,
         )
 
     async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
         """The answer, the tokens that were read for it, and the version that gave it."""
         with self.models.using() as loaded:
+            began = time.perf_counter()
             results, tokens = await loaded.model.answer(inputs)
+            if self.trial is not None:
+                self.trial.mirror(inputs, results, time.perf_counter() - began)
         response = self.response(
             results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
         )

@@ -19,6 +19,7 @@ from lib.settings.loading import describe, load_settings, override, parse_overri
 from lib.settings.planning import PlanSettings
 from lib.settings.serving import (
     AccessSettings,
+    CanarySettings,
     ChatEngineSettings,
     CurationSettings,
     EventSettings,
@@ -40,6 +41,7 @@ __all__ = [
     "AdapterSettings",
     "AnswerSettings",
     "Behaviour",
+    "CanarySettings",
     "ChatEngineSettings",
     "CurationSettings",
     "DataSettings",

@@ -9,7 +9,7 @@ from pydantic import (
     model_validator,
 )
 
-from lib.settings.sections import Name, Positive, Section
+from lib.settings.sections import Name, Positive, Section, Share
 
 
 class ChatEngineSettings(Section):
@@ -59,6 +59,23 @@ class EventSettings(Section):
     """A request or an answer that is longer is kept without its words."""
 
 
+class CanarySettings(Section):
+    """A new version's trial beside the one that answers (serve/probation.py)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the requests that are put to the new version too."""
+    requests: Positive = 200
+    """So many are compared before it is judged."""
+    max_errors: Share = 0.0
+    """Share of requests that it does not answer."""
+    max_disagreement: Share = 0.2
+    """Share of inputs to which it answers something else."""
+    max_drift: Share = 0.2
+    """Mean distance of the answers: of scores their total variation, of entities Jaccard's."""
+    max_latency_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """Its time over that of the version that answers."""
+
+
 class CurationSettings(Section):
     """Which events and feedback become training rows (`jobs.curate`)."""
 
@@ -99,6 +116,9 @@ class ServingSettings(Section):
     max_body_bytes: Positive = 4_000_000
     access: AccessSettings = AccessSettings()
     events: EventSettings = EventSettings()
+    canary: CanarySettings | None = None
+    """Try a new version on a copy of some requests before it answers; None: it answers as soon as it is loaded. A
+    chat model's engine is replaced without a trial."""
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""

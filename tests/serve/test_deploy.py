@@ -18,7 +18,7 @@ from cluster.local import free_port
 from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
-from lib.settings import ServingSettings
+from lib.settings import CanarySettings, ServingSettings
 from serve.deploy import application_config, deploy
 from serve.following import parse_reference
 from tests.serve.conftest import Endpoint, key, make_settings, publish_version
@@ -91,6 +91,38 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving(endpoint: Endpo
     assert "task.json names 2 labels" in ready.body["failed"]
     move_to(endpoint, 1)
     assert endpoint.get("/readyz").body["failed"] is None
+
+
+def test_a_version_on_trial_takes_over_after_enough_requests(endpoint: Endpoint) -> None:
+    limits = {"max_disagreement": 1, "max_drift": 1, "max_latency_ratio": 1000}
+    canary = CanarySettings.model_validate({"share": 1, "requests": 20} | limits)
+
+    def on_trial(version: int) -> None:
+        chosen = {"model": f"reviews@{version}", "canary": canary}
+        deploy(
+            endpoint.settings.model_copy(
+                update={"serving": endpoint.settings.serving.model_copy(update=chosen)}
+            )
+        )
+
+    on_trial(1)  # nothing else answers yet that it could be compared with
+    on_trial(2)
+    ready = endpoint.get("/readyz").body
+    assert ready["version"] == 1
+    assert ready["trial"].startswith("reviews@2: 0 of 20")
+    with load(endpoint, 2) as answers:
+        deadline = time.monotonic() + 60
+        while (not answers or answers[-1][1] == 1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    versions = [version for status, version in answers if status == 200]
+    assert len(versions) == len(answers)
+    assert set(versions) == {1, 2}
+    assert versions[:19] == [1] * 19
+    with pytest.raises(ModelError, match=r"reviews@2 goes on serving: reviews@9 did not pass its trial: "):
+        on_trial(9)
+    with pytest.raises(ModelError, match=r"reviews@9 did not pass its trial: .*--serving\.canary null"):
+        on_trial(9)
+    move_to(endpoint, 1)
 
 
 def test_a_version_whose_files_changed_is_not_served(
