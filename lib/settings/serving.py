@@ -57,6 +57,8 @@ class EventSettings(Section):
     """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
     max_bytes: Positive = 262_144
     """A request or an answer that is longer is kept without its words."""
+    feedback_waits_s: Annotated[float, Field(ge=0)] = 2
+    """How long feedback waits for its answer, which is in the database a moment after it was sent."""
 
 
 class CanarySettings(Section):
