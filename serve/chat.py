@@ -49,6 +49,7 @@ from serve.usage import Usage
 logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_GIB = 1.0
+MOST_STOPS, MOST_ANSWERS = 64, 128
 QUIET = {"enable_access_log": False}
 
 
@@ -129,6 +130,7 @@ class Chat(OpenAiIngress):
     async def _get_response(
         self, *, body: Any, raw_request: Request | None = None, **rest: Any
     ) -> AsyncIterator[Any]:
+        check_amounts(body)
         # The engine knows one name only.
         body.model = await self._get_model_id(body.model)
         options = getattr(body, "stream_options", None)
@@ -166,6 +168,19 @@ class Chat(OpenAiIngress):
         record(app, self._serving.events)
         guard(app, self._serving.access)
         return app
+
+
+def check_amounts(body: Any) -> None:
+    """Raises RequestError for what would keep an engine busy with one request: each token is compared with every
+    stop, and each answer of `n` is a sequence of its own."""
+    stop = getattr(body, "stop", None)
+    if isinstance(stop, list) and len(stop) > MOST_STOPS:
+        raise RequestError(
+            f"stop has {len(stop):,} texts; send at most {MOST_STOPS}", param="stop", code="too_long"
+        )
+    answers = getattr(body, "n", None) or 1
+    if answers > MOST_ANSWERS:
+        raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.local import ingress_ports
 from lib.command import ALONE
+from tests.servers import Postgres
 
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,6 +72,21 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("WHORL_STORAGE", str(folder))
     monkeypatch.setenv("WHORL_DATABASE", f"sqlite:///{folder / 'whorl.db'}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either_database(request: pytest.FixtureRequest, storage: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs on both: each time with a new database."""
+    if request.param == "postgresql":
+        monkeypatch.setenv("WHORL_DATABASE", request.getfixturevalue("postgres").fresh())
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

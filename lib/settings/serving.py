@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
+    field_validator,
     model_validator,
 )
 
@@ -46,6 +48,18 @@ class AccessSettings(Section):
     """How long a key is believed before the database is asked again: a revoked one may work that long."""
     stale_for_s: Annotated[float, Field(ge=0)] = 3600
     """How long keys that were seen are believed while the database does not answer."""
+    redis: Annotated[str, Field(pattern=r"^rediss?://")] | None = None
+    """A Redis server that counts what keys use, such as `redis://host:6379/0`, or `rediss://` for TLS; its password is
+    WHORL_REDIS_PASSWORD in the cluster's environment. None: an actor of the cluster counts."""
+
+    @field_validator("redis")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        if url and urlsplit(url).password:
+            raise ValueError(
+                "holds a password, and configurations are written down; set WHORL_REDIS_PASSWORD instead"
+            )
+        return url
 
 
 class EventSettings(Section):

@@ -5,9 +5,12 @@ One engine for all tests: starting it is most of the time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import psutil
 import pytest
 
 from cluster.local import free_port
-from lib import keys, registry, storage, tracking
+from lib import events, keys, registry, storage, tracking
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
@@ -28,6 +31,7 @@ from tests.serve.conftest import key
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NAME, CONTEXT = "helper", 256
+LONG = {"model": NAME, "prompt": "my phone", "max_tokens": 200, "logit_bias": {"1": -100}}
 QUESTION = [{"role": "user", "content": "my phone does not ring"}]
 
 
@@ -104,6 +108,8 @@ def chat_settings(**serving: Any) -> Settings:
                 "port": free_port(),
                 "threads": 1,
                 "max_body_bytes": 100_000,
+                "max_ongoing_requests": 8,
+                "max_queued_requests": 4,
                 "chat": {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8},
                 **serving,
             },
@@ -259,6 +265,8 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"messages": []}, ""),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"stop": ["x"] * 30_000}, "100,000 bytes"),
+        ({"stop": ["x"] * 1_000}, "stop has 1,000 texts; send at most 64"),
+        ({"n": 1_000_000}, "n is 1,000,000; ask for at most 128"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}, "256"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, ""),
         ({"n": 0}, ""),
@@ -317,6 +325,46 @@ def test_tokens_of_a_key_are_counted(deployed: Deployed, stream: bool) -> None:
     assert [part.usage.total_tokens for part in asked if part.usage and not part.choices] == [
         deployed.ask().usage.total_tokens
     ]
+
+
+def test_a_stream_that_is_broken_off_is_charged_and_computed_no_further(deployed: Deployed) -> None:
+    def seconds(identity: str, parts: int) -> float:
+        """Processor time of the engine for streams of which so many parts are read."""
+        before, headers = spent(), {"x-request-id": identity}
+        for _ in range(6):
+            with deployed.ask(
+                stream=True, max_tokens=180, logit_bias={"1": -100}, extra_headers=headers
+            ) as stream:
+                assert len(list(itertools.islice(stream, parts))) == min(parts, 181)
+        time.sleep(0.5)
+        return spent() - before
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in engine_processes())
+
+    def tokens(identity: str) -> int:
+        found = [row["tokens"] for row in events.read(NAME) if row["id"] == identity]
+        return found[0] if found else 0
+
+    whole, broken = seconds("whole", 1000), seconds("broken", 10)
+    assert broken < whole / 2
+    deadline = time.monotonic() + 20
+    while not (tokens("whole") and tokens("broken")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # The prompt is the same: fewer tokens were said, and those that were are known.
+    assert tokens("whole") - 180 + 5 <= tokens("broken") < tokens("whole") - 20
+
+
+def test_more_than_the_queue_holds_is_503(deployed: Deployed) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: deployed.post("/v1/completions", json=LONG), range(24)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < 24
+    for answer in refused:
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "overloaded"
 
 
 def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
