@@ -12,6 +12,7 @@ Serve cancels the request, which gives its place back and takes its rows out of 
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -21,6 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.settings import ServingSettings
 from serve.http import error_response
+
+logger = logging.getLogger("ray.serve")
 
 
 class RefusedError(Exception):
@@ -41,20 +44,20 @@ class Places:
     def __init__(self, ongoing: int, queued: int) -> None:
         self._free = asyncio.Semaphore(ongoing)
         self._queued = queued
-        self._waiting = 0
+        self.waiting = 0
 
     @asynccontextmanager
     async def one(self, timeout_s: float) -> AsyncIterator[None]:
         """Hold a place. Raises RefusedError at once where the queue is full, or when it waited for `timeout_s`."""
-        if self._free.locked() and 0 <= self._queued <= self._waiting:
+        if self._free.locked() and 0 <= self._queued <= self.waiting:
             raise RefusedError(overloaded())
-        self._waiting += 1
+        self.waiting += 1
         try:
             await asyncio.wait_for(self._free.acquire(), timeout_s)
         except TimeoutError:
             raise RefusedError(overloaded()) from None
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
         try:
             yield
         finally:
@@ -126,8 +129,12 @@ class Admission:
             async with asyncio.timeout(self._timeout_s) as limit:
                 await self._app(scope, receive, sending)
         except TimeoutError:
-            if has_begun or not limit.expired():
-                raise  # of an answer that has begun only its end can be told: the connection is closed
+            if not limit.expired():
+                raise
+            if has_begun:
+                # Its end is all that can be told of it: what is not completed the server closes.
+                logger.warning("an answer brought nothing for %g s and was broken off", self._timeout_s)
+                return
             reason = f"there was no answer within {self._timeout_s:g} s; send less, or try again"
             raise RefusedError(error_response(504, reason, code="timeout")) from None
 

@@ -58,10 +58,12 @@ class Slow:
 
             return StreamingResponse(parts(), media_type="text/event-stream")
 
-        @app.get("/computed")
-        async def computed() -> list[int]:
-            return self._computed
-
         serving = self._serving
-        admit(app, serving, Places(serving.max_ongoing_requests, serving.max_queued_requests))
+        places = Places(serving.max_ongoing_requests, serving.max_queued_requests)
+
+        @app.get("/state")
+        async def state() -> dict[str, Any]:
+            return {"computed": self._computed, "waiting": places.waiting}
+
+        admit(app, serving, places)
         return app

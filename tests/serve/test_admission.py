@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from urllib.parse import urlsplit
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def url(ray_cluster: None) -> Iterator[str]:
-    """One request at once, one waits; 1.5 s for each."""
+    """One request at once, one waits; 2.5 s for each."""
     from ray import serve as ray_serve
 
     from tests.serve.slow import Slow
 
     serving = ServingSettings(
-        max_ongoing_requests=1, max_queued_requests=1, request_timeout_s=1.5, max_body_bytes=10_000
+        max_ongoing_requests=1, max_queued_requests=1, request_timeout_s=2.5, max_body_bytes=10_000
     )
     port = free_port()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
@@ -38,20 +38,30 @@ def url(ray_cluster: None) -> Iterator[str]:
     ray_serve.shutdown()
 
 
-def ask(url: str, *milliseconds: int) -> httpx.Response:
-    return httpx.post(f"{url}/v1/slow", json={"milliseconds": milliseconds}, timeout=30)
-
-
-def asked(url: str, *milliseconds: int) -> Future[httpx.Response]:
-    """A request under way, which came before whatever is asked next."""
-    found = ThreadPoolExecutor(1).submit(ask, url, *milliseconds)
-    time.sleep(0.15)
-    return found
+def ask(url: str, milliseconds: int) -> httpx.Response:
+    return httpx.post(f"{url}/v1/slow", json={"milliseconds": [milliseconds]}, timeout=30)
 
 
 def computed(url: str) -> list[int]:
-    found: list[int] = httpx.get(f"{url}/computed").json()
+    found: list[int] = httpx.get(f"{url}/state", timeout=30).json()["computed"]
     return found
+
+
+def waiting(url: str) -> int:
+    found: int = httpx.get(f"{url}/state", timeout=30).json()["waiting"]
+    return found
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def asked(url: str, milliseconds: int) -> Future[httpx.Response]:
+    """A request under way."""
+    return ThreadPoolExecutor(1).submit(ask, url, milliseconds)
 
 
 def open_request(url: str, body: bytes, length: int, path: str = "/v1/slow") -> socket.socket:
@@ -66,10 +76,12 @@ def open_request(url: str, body: bytes, length: int, path: str = "/v1/slow") -> 
 
 
 def test_beyond_the_queue_is_503_at_once_and_whoever_waits_is_answered(url: str) -> None:
-    first, second = asked(url, 700), asked(url, 10)
-    began = time.perf_counter()
+    first = asked(url, 2000)
+    until(lambda: 2000 in computed(url))
+    second = asked(url, 10)
+    until(lambda: waiting(url) == 1)
     refused = ask(url, 11)
-    assert time.perf_counter() - began < 0.3
+    assert not first.done()
     assert refused.status_code == 503
     assert refused.headers["retry-after"] == "5"
     assert refused.json()["error"] == {
@@ -79,32 +91,28 @@ def test_beyond_the_queue_is_503_at_once_and_whoever_waits_is_answered(url: str)
         "code": "overloaded",
     }
     assert httpx.get(f"{url}/healthz").status_code == 200
-    assert [first.result().json(), second.result().json()] == [[700], [10]]
+    assert [first.result().json(), second.result().json()] == [[2000], [10]]
     assert 11 not in computed(url)
 
 
-def test_an_answer_that_takes_too_long_is_504_and_one_that_waits_too_long_503(url: str) -> None:
-    first = asked(url, 1700)
-    waiting = asked(url, 12)
-    assert first.result().status_code == 504
-    assert first.result().json()["error"]["code"] == "timeout"
-    assert waiting.result().status_code == 200  # it came to its place in time
+def test_an_answer_that_takes_too_long_is_504_and_gives_its_place_back(url: str) -> None:
+    late = ask(url, 3000)
+    assert late.status_code == 504
+    assert late.json()["error"]["code"] == "timeout"
     assert ask(url, 13).json() == [13]
 
 
 def test_a_client_that_goes_away_leaves_the_queue_and_its_place(url: str) -> None:
-    body = b'{"milliseconds": [600, 21, 22]}'
+    body = b'{"milliseconds": [1500, 21, 22]}'
     with open_request(url, body, len(body)):
-        time.sleep(0.2)
-    time.sleep(0.1)
-    assert ask(url, 20).json() == [20]  # the place is free before 600 ms are over, the engine thereafter
-    assert {600, 20} <= set(computed(url))
+        until(lambda: 1500 in computed(url))
+    # Its place is free while the engine still computes the first of its rows.
+    assert ask(url, 20).json() == [20]
     assert not {21, 22} & set(computed(url))
 
 
 def test_a_slow_client_takes_nobodys_place_and_is_told_408(url: str) -> None:
     with open_request(url, b'{"milli', 40) as slow:
-        time.sleep(0.1)
         assert ask(url, 14).json() == [14]
         answer = slow.recv(65536)
     assert answer.startswith(b"HTTP/1.1 408")
@@ -112,10 +120,10 @@ def test_a_slow_client_takes_nobodys_place_and_is_told_408(url: str) -> None:
 
 
 def test_a_stream_may_last_as_long_as_something_comes(url: str) -> None:
-    lasting = httpx.post(f"{url}/v1/stream", json={"milliseconds": [500] * 4}, timeout=30)
-    assert lasting.text == "data: 500\n\n" * 4
+    lasting = httpx.post(f"{url}/v1/stream", json={"milliseconds": [1000] * 4}, timeout=30)
+    assert lasting.text == "data: 1000\n\n" * 4
     with pytest.raises(httpx.RemoteProtocolError):
-        httpx.post(f"{url}/v1/stream", json={"milliseconds": [10, 2500]}, timeout=30)
+        httpx.post(f"{url}/v1/stream", json={"milliseconds": [10, 4000]}, timeout=30)
     assert ask(url, 15).json() == [15]
 
 
@@ -129,5 +137,6 @@ def test_many_at_once_get_an_answer_or_a_refusal_and_nobody_is_forgotten(url: st
     for thread in threads:
         thread.join(30)
     assert len(found) == 60
-    assert set(found) == {200, 503}
+    assert 200 in found
+    assert set(found) <= {200, 503}
     assert ask(url, 16).json() == [16]
