@@ -43,7 +43,7 @@ from serve.access import guard
 from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
 from serve.recording import record
-from serve.replica import size
+from serve.scaling import TOKENS, size
 
 logger = logging.getLogger("ray.serve")
 
@@ -78,6 +78,12 @@ class Engine(LLMServer):
             TaskFile.read(folder, "chat")
             await super().__init__(engine_config(serving, ref, folder))
         logger.info("serving %s", ref)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serve.scaling.ByTokens` goes by; Ray Serve asks for it."""
+        states = list(self.engine._engine_client.output_processor.request_states.values())
+        written = (state.detokenizer.num_output_tokens() for state in states if state.detokenizer)
+        return {TOKENS: float(sum(state.prompt_len for state in states) + sum(written))}
 
     async def __del__(self) -> None:
         # Ray Serve's own leaves the engine's processes to the interpreter's end, which a killed one has not.
@@ -233,7 +239,7 @@ def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None =
         experimental_configs={"stream_batching_interval_ms": chat.stream_interval_ms},
         runtime_env={"env_vars": _environment(serving)},
         deployment_config={
-            **size(serving),
+            **size(serving, chat.target_tokens),
             "max_ongoing_requests": serving.max_ongoing_requests,
             "max_queued_requests": serving.max_queued_requests,
             # The first worker's bundle holds the replica too.

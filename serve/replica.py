@@ -19,6 +19,7 @@ from serve.following import Following
 from serve.http import Ready, create_app, request_id
 from serve.probation import Probation
 from serve.recording import record
+from serve.scaling import size
 
 
 class EncoderModel(ABC):
@@ -107,19 +108,6 @@ def http_api(
     record(app, replica.serving.events)
     guard(app, replica.serving.access)
     return app
-
-
-def size(serving: ServingSettings) -> dict[str, Any]:
-    """How many replicas, as options of a deployment."""
-    if serving.min_replicas == serving.max_replicas:
-        return {"num_replicas": serving.max_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": serving.min_replicas,
-            "max_replicas": serving.max_replicas,
-            "target_ongoing_requests": serving.target_ongoing_requests,
-        }
-    }
 
 
 def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:

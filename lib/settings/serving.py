@@ -27,6 +27,8 @@ class ChatEngineSettings(Section):
     """Workers that share one replica's layers; on GPUs each takes gpus_per_replica / tensor_parallel of one."""
     max_num_seqs: Positive = 64
     """Sequences that are computed at once."""
+    target_tokens: Positive | None = None
+    """Tokens of prompts and answers in flight that one of several replicas is to have; None: it goes by requests."""
     enforce_eager: bool | None = None
     """Skip graph capture and compilation: a quicker start, slower tokens. None: on a CPU, not on GPUs."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 0
@@ -99,8 +101,15 @@ class ServingSettings(Section):
     threads: Positive | None = None
     """Threads of one replica's engine; None takes the machine's cores."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: the last replica ends too when nothing is asked for, and the first request after that waits for a new one."""
     max_replicas: Positive = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    """Ongoing and waiting requests of one replica: with more there are soon more replicas, up to `max_replicas`."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    """How long a load must last before there are more replicas, or fewer."""
+    look_back_s: Annotated[float, Field(gt=0)] = 15
+    """Seconds over which the load is averaged."""
     max_ongoing_requests: Positive = 64
     max_queued_requests: Annotated[int, Field(ge=-1)] = 256
     """Requests waiting beyond this are answered 503 at once; -1 is no bound."""

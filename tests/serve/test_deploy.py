@@ -125,6 +125,35 @@ def test_a_version_on_trial_takes_over_after_enough_requests(endpoint: Endpoint)
     move_to(endpoint, 1)
 
 
+def test_replicas_rise_and_fall_with_the_load_without_a_lost_request(endpoint: Endpoint) -> None:
+    chosen = {
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "look_back_s": 2,
+        "cpus_per_replica": 0.5,
+    }
+    serving = endpoint.settings.serving.model_copy(update={"model": "reviews@1", **chosen})
+    deploy(endpoint.settings.model_copy(update={"serving": serving}))
+
+    def reaches(count: int) -> bool:
+        deadline = time.monotonic() + 90
+        while len(replica_processes()) != count and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return len(replica_processes()) == count
+
+    with load(endpoint, 12) as many:
+        assert reaches(2)
+    with load(endpoint, 1) as few:
+        assert reaches(1)
+        after = len(few)
+        while len(few) < after + 20:
+            time.sleep(0.05)
+    assert {status for status, _ in [*many, *few]} == {200}
+    move_to(endpoint, 1)
+
+
 def test_a_version_whose_files_changed_is_not_served(
     endpoint: Endpoint, store: Path, tiny_base: Path
 ) -> None:
