@@ -37,10 +37,10 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 from lib import registry, tracking
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
+from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
 from serve.access import guard
-from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
 from serve.recording import record
 from serve.replica import size

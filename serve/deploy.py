@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from lib import command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
+from lib.registry import parse_reference
 from lib.settings import ServingSettings, Settings
-from lib.tasks import load_task
-from serve.following import parse_reference
+from lib.tasks import load_task, served_as
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -74,11 +74,6 @@ def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
             {"name": served_as(settings).capitalize(), "user_config": {"model": str(ref)}}
         ]
     return application
-
-
-def served_as(settings: Settings) -> str:
-    """The task whose application answers: that of the models which the configured task exports."""
-    return getattr(load_task(settings.task), "SERVED_AS", settings.task)
 
 
 def _reference(settings: Settings) -> str:

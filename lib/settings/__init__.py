@@ -17,6 +17,7 @@ from lib.settings.evaluation import (
 )
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
+from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
     AccessSettings,
     ChatEngineSettings,
@@ -54,6 +55,7 @@ __all__ = [
     "PlanSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "ScoreSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",
