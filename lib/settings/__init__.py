@@ -23,6 +23,7 @@ from lib.settings.serving import (
     ChatEngineSettings,
     CurationSettings,
     EventSettings,
+    LogSettings,
     ServingSettings,
 )
 from lib.settings.training import (
@@ -50,6 +51,7 @@ __all__ = [
     "HeadSettings",
     "JudgeSettings",
     "Labelled",
+    "LogSettings",
     "ModelSettings",
     "Part",
     "PlanSettings",

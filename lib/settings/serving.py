@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
+    field_validator,
     model_validator,
 )
 
@@ -59,6 +61,14 @@ class EventSettings(Section):
     """A request or an answer that is longer is kept without its words."""
 
 
+class LogSettings(Section):
+    """What a replica's log holds (serve/logs.py)."""
+
+    format: Literal["json", "text"] = "json"
+    requests: bool = True
+    """A line for each request: id, route, status, time, model, tokens. Never what was said."""
+
+
 class CurationSettings(Section):
     """Which events and feedback become training rows (`jobs.curate`)."""
 
@@ -99,9 +109,26 @@ class ServingSettings(Section):
     max_body_bytes: Positive = 4_000_000
     access: AccessSettings = AccessSettings()
     events: EventSettings = EventSettings()
+    logs: LogSettings = LogSettings()
+    traces: str | None = None
+    """Of an OpenTelemetry collector, such as http://collector:4318: a span of each request goes there."""
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+
+    @field_validator("traces")
+    @classmethod
+    def _traces(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if url.username or url.password:
+            raise ValueError(
+                "a password has no place here; set OTEL_EXPORTER_OTLP_HEADERS in the environment"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{value!r} is no collector's address; give one such as http://collector:4318")
+        return value
 
     @model_validator(mode="after")
     def _replicas(self) -> ServingSettings:
