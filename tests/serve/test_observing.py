@@ -6,10 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx
@@ -17,8 +14,7 @@ import numpy as np
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
-from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, Span
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from lib.keys import Key
 from lib.settings import LogSettings, ServingSettings
@@ -26,6 +22,7 @@ from serve import logs, traces
 from serve.batching import LengthBatcher
 from serve.http import create_app, error_response
 from serve.observing import CLIENT_GONE, Exchange, Observing
+from tests.serve.collector import Collector, values
 
 
 class Model:
@@ -143,45 +140,10 @@ def test_a_line_has_the_figures_and_not_the_words() -> None:
     assert logs.config(LogSettings(format="text")).encoding == "TEXT"
 
 
-@dataclass
-class Collector:
-    """An OpenTelemetry collector on a socket, as far as OTLP over HTTP goes."""
-
-    url: str = ""
-    received: list[ResourceSpans] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
-    headers: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def spans(self) -> list[Span]:
-        return [span for one in self.received for scope in one.scope_spans for span in scope.spans]
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
-    found = Collector()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            found.paths.append(self.path)
-            found.headers.append({name.lower(): value for name, value in self.headers.items()})
-            found.received.extend(ExportTraceServiceRequest.FromString(body).resource_spans)
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server, ThreadPoolExecutor(1) as pool:
-        found.url = f"http://127.0.0.1:{server.server_port}"
-        pool.submit(server.serve_forever)
+    with Collector.running() as found:
         yield found
-        server.shutdown()
-
-
-def values(span: Span) -> dict[str, Any]:
-    return {a.key: getattr(a.value, a.value.WhichOneof("value")) for a in span.attributes}
 
 
 def test_spans_reach_a_collector(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
