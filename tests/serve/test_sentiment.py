@@ -250,7 +250,6 @@ def test_it_is_seen_from_outside(endpoint: Endpoint) -> None:
     assert grown("ray_whorl_requests_total", status="4xx", route="other") == 1
     assert grown("ray_whorl_request_duration_seconds_count", **route) == 3
     assert grown("ray_whorl_request_duration_seconds_bucket", le="+Inf", **route) == 3
-    assert grown("ray_whorl_tokens_total") == 3 * (5 + 7)
     assert grown("ray_whorl_queue_wait_seconds_count") == 6
     assert 3 <= grown("ray_whorl_batch_rows_count") <= 6
     assert total(after, "ray_whorl_model_info", model="reviews@1", **ours) == 1
@@ -267,7 +266,8 @@ def test_it_is_seen_from_outside(endpoint: Endpoint) -> None:
     lines = [line for file in logs.glob("replica_reviews_*.log") for line in file.read_text().splitlines()]
     (line,) = [json.loads(line) for line in lines if '"seen-1"' in line and '"milliseconds"' in line]
     assert (line["request"], line["status"], line["model"]) == ("seen-1", 200, "reviews@1")
-    assert (line["application"], line["tokens"]) == ("reviews", 12)
+    assert line["application"] == "reviews"
+    assert grown("ray_whorl_tokens_total") == 3 * line["tokens"] > 0
     assert not [line for line in lines if "secretly" in line or endpoint.key in line]
 
     assert endpoint.collector is not None
