@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lib.settings import ServingSettings
 from serve import logs, metrics, traces
 from serve.access import is_open, path_of
-from serve.http import Readiness
+from serve.http import REQUEST_ID, Readiness
 
 logger = logging.getLogger("ray.serve")
 
@@ -31,6 +31,7 @@ class Exchange:
     """A request and what came of it."""
 
     id: str
+    """Empty where the client's own is not fit for a log."""
     method: str
     route: str
     """The path as the application declares it, such as /v1/models/{model}; `other` where nothing answers under it."""
@@ -102,9 +103,9 @@ def _exchange(scope: Scope, status: int, began: float, seconds: float, first: fl
         for name, value in scope["headers"]
         if name != b"authorization"
     }
-    key = state.get("key")
+    key, identity = state.get("key"), headers.get("x-request-id", "")
     return Exchange(
-        id=headers.get("x-request-id", ""),
+        id=identity if REQUEST_ID.match(identity) else "",
         method=str(scope["method"]),
         route=str(getattr(scope.get("route"), "path", "other")),
         status=status,

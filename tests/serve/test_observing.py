@@ -91,6 +91,10 @@ def test_a_request_is_seen_once_with_what_came_of_it() -> None:
     assert "whorl_secret" not in f"{seen!r}{seen.headers}"
 
 
+def test_an_id_that_is_not_fit_for_a_log_is_none() -> None:
+    assert [seen.id for seen in ask("/v1/echo/a", **{"x-request-id": "two words"})] == [""]
+
+
 def test_a_stream_tells_when_it_began() -> None:
     (seen,) = ask("/v1/stream")
     assert seen.first_event_s is not None
