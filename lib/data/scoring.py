@@ -237,7 +237,7 @@ class Scorer:
             | {name: blocks.flat(rows[name]) for name in keep}
             | {name: asked.rows[name] for name in asked.rows.column_names}
         )
-        if taken := set(table.column_names) & set(answers.column_names):
+        if taken := keep.keys() & {*asked.rows.column_names, *answers.column_names}:
             raise ConfigError(
                 f"score.keep: {sorted(taken)[0]!r} is the name of a column of the scores; choose another"
             )

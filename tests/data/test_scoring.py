@@ -147,6 +147,12 @@ def test_dialogues_are_answered_and_too_long_ones_refused(tiny_chat_base: Path, 
     assert count["tallies"]["tokens"]["completion"] == 2 * first["completion_tokens"]
 
 
+def test_a_kept_column_does_not_take_an_answers_place(tiny_base: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", {"text": "fits", "label": "good"})
+    with pytest.raises(ConfigError, match=r"score.keep: 'label' is the name of a column of the scores"):
+        shards(use("sentiment", source, tiny_base, keep={"label": "label"}), tiny_base, tmp_path)
+
+
 def test_questions_need_no_answers() -> None:
     data = use("chat", None).data
     for present, wanted in (
