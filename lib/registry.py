@@ -10,6 +10,7 @@ between, a row stays in MLflow that no reader here takes for a version.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +24,14 @@ import yaml
 from lib import champions, storage, tracking
 from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
 from lib.direction import gain, lower_is_better
-from lib.errors import ModelError, RegistryError, nearest
+from lib.errors import ConfigError, ModelError, RegistryError, nearest
 from lib.settings import PromotionSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VERSION_FILE = "version.json"
+REFERENCE = re.compile(r"^(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>[A-Za-z0-9_.-]+)$")
 CHAMPION, CANDIDATE = "champion", "candidate"
 NOT_FOUND = (
     "RESOURCE_DOES_NOT_EXIST",
@@ -139,6 +141,14 @@ def register(run: tracking.Run, report: EvalReport) -> ModelRef:
             raise
     note(ref, uri=ref.uri)
     return ref
+
+
+def parse_reference(reference: str) -> tuple[str, str]:
+    """Name and version or alias. Raises ConfigError."""
+    match = REFERENCE.match(reference)
+    if match is None:
+        raise ConfigError(f"model {reference!r} must look like reviews@champion or reviews@3")
+    return match["name"], match["version"]
 
 
 def resolve(name: str, version: str = CHAMPION) -> ModelRef:

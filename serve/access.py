@@ -175,7 +175,7 @@ class Access:
         self._limiter = limiter or SharedLimiter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(_path(scope)):
+        if scope["type"] != "http" or is_open(path_of(scope)):
             await self._app(scope, receive, send)
             return
         try:
@@ -232,11 +232,13 @@ def guard(app: FastAPI, settings: AccessSettings) -> None:
         app.add_middleware(Access, application=name, settings=settings)
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
+    """The path inside the application."""
     return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether it is answered without a key."""
     return any(path == known or path.startswith(f"{known}/") for known in OPEN)
 
 

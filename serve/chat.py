@@ -37,11 +37,13 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 from lib import registry, tracking
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
+from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from serve import logs
 from serve.access import guard
-from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
+from serve.observing import observe
 from serve.recording import record
 from serve.scaling import TOKENS, size
 
@@ -49,7 +51,6 @@ logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_GIB = 1.0
 UNBOUNDED = 1_000_000
-QUIET = {"enable_access_log": False}
 
 
 class Arguments(ServingSettings):
@@ -170,6 +171,7 @@ class Chat(OpenAiIngress):
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
         record(app, self._serving.events)
         guard(app, self._serving.access)
+        observe(app, self, self._serving)
         return app
 
 
@@ -244,7 +246,7 @@ def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None =
             "max_queued_requests": serving.max_queued_requests,
             # The first worker's bundle holds the replica too.
             "ray_actor_options": {"num_cpus": 0},
-            "logging_config": QUIET,
+            "logging_config": logs.config(serving.logs).model_dump(),
         },
     )
 
@@ -283,6 +285,10 @@ def application(args: Arguments) -> ray_serve.Application:
     names = list(dict.fromkeys([ref.name, args.model, str(ref)]))
     # What is too much is said where it waits for the engine; the ingress itself holds nobody back.
     ingress = ray_serve.deployment(
-        Chat, name="Chat", num_replicas=1, max_ongoing_requests=UNBOUNDED, logging_config=QUIET
+        Chat,
+        name="Chat",
+        num_replicas=1,
+        max_ongoing_requests=UNBOUNDED,
+        logging_config=logs.config(serving.logs),
     )
     return ingress.bind({ref.name: engine}, {ref.name: card}, serving, ref, names)

@@ -13,10 +13,12 @@ from pydantic import BaseModel
 from ray import serve as ray_serve
 
 from lib.settings import ServingSettings
+from serve import logs, metrics
 from serve.access import guard
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
+from serve.observing import observe
 from serve.probation import Probation
 from serve.recording import record
 from serve.scaling import size
@@ -30,7 +32,9 @@ class EncoderModel(ABC):
         encoder = predictor.encoder
         self.name: str = encoder.name
         """Engine and precision."""
-        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+        self.batcher = LengthBatcher(
+            encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch, metrics.current().batch
+        )
 
     @abstractmethod
     async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
@@ -107,6 +111,7 @@ def http_api(
 
     record(app, replica.serving.events)
     guard(app, replica.serving.access)
+    observe(app, replica, replica.serving)
     return app
 
 
@@ -116,5 +121,6 @@ def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
         **size(serving),
         max_ongoing_requests=serving.max_ongoing_requests,
         max_queued_requests=serving.max_queued_requests,
+        logging_config=logs.config(serving.logs),
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     ).bind(serving)

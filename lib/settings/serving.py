@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
+    field_validator,
     model_validator,
 )
 
@@ -78,6 +80,14 @@ class CanarySettings(Section):
     """Its time over that of the version that answers."""
 
 
+class LogSettings(Section):
+    """What a replica's log holds (serve/logs.py)."""
+
+    format: Literal["json", "text"] = "json"
+    requests: bool = True
+    """A line for each request: id, route, status, time, model, tokens. Never what was said."""
+
+
 class CurationSettings(Section):
     """Which events and feedback become training rows (`jobs.curate`)."""
 
@@ -128,9 +138,26 @@ class ServingSettings(Section):
     canary: CanarySettings | None = None
     """Try a new version on a copy of some requests before it answers; None: it answers as soon as it is loaded. A
     chat model's engine is replaced without a trial."""
+    logs: LogSettings = LogSettings()
+    traces: str | None = None
+    """Of an OpenTelemetry collector, such as http://collector:4318: a span of each request goes there."""
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+
+    @field_validator("traces")
+    @classmethod
+    def _traces(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if url.username or url.password:
+            raise ValueError(
+                "a password has no place here; set OTEL_EXPORTER_OTLP_HEADERS in the environment"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{value!r} is no collector's address; give one such as http://collector:4318")
+        return value
 
     @model_validator(mode="after")
     def _replicas(self) -> ServingSettings:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,9 +31,9 @@ from lib.encoders import IGNORED, load_tokenizer, save
 from lib.entities import OUTSIDE
 from lib.errors import ConfigError
 from lib.labels import MISSING, UNKNOWN
-from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
-from lib.tasks import Prepared
-from lib.text import normalise
+from lib.settings import DataSettings, ModelSettings, ScoreSettings, ServingSettings, Settings
+from lib.tasks import Asked, Prepared
+from lib.text import is_empty, normalise
 from lib.words import Reading, Words, cut_words, first_pieces, pieces, special, tokenize_words
 
 if TYPE_CHECKING:
@@ -363,6 +364,59 @@ def answers(
         results.append(Answer(entities=found))
         start = span.stop
     return results
+
+
+ENTITIES = pa.list_(
+    pa.struct(
+        [
+            ("label", pa.string()),
+            ("text", pa.string()),
+            ("start", pa.int32()),
+            ("end", pa.int32()),
+            ("score", pa.float32()),
+        ]
+    )
+)
+
+
+def input_columns(data: DataSettings, present: Collection[str]) -> dict[str, str]:
+    """Words, where the source has a column of them; else texts."""
+    if data.columns.tokens in present or data.columns.text not in present:
+        return {"tokens": data.columns.tokens}
+    return {"text": data.columns.text}
+
+
+def ask(source: dict[str, pa.Array], data: DataSettings) -> Asked:
+    bad: dict[int, str] = {}
+    if "text" in source:
+        texts = source["text"]
+        empty = np.flatnonzero(is_empty(normalise(texts))).tolist()
+        return Asked(pa.table({"text": texts}), texts.to_pylist(), dict.fromkeys(empty, "has no text"))
+    words: list[list[str]] = []
+    for row, text in enumerate(source["tokens"].to_pylist()):
+        try:
+            words.append(_strings(text, "tokens", data))
+            if not words[-1]:
+                bad[row] = "has no words"
+        except ValueError as error:
+            words.append([])
+            bad[row] = str(error)
+    return Asked(pa.table({"tokens": pa.array(words, pa.list_(pa.string()))}), list(words), bad)
+
+
+def score(
+    predictor: Predictor, inputs: list[str | list[str]], settings: ScoreSettings
+) -> tuple[pa.Table, dict[int, str]]:
+    """`entities`, as in an answer."""
+    said = predict(predictor, Request.model_construct(inputs=inputs)).results
+    found = [[entity.model_dump() for entity in answer.entities] for answer in said]
+    return pa.table({"entities": pa.array(found, ENTITIES)}), {}
+
+
+def tally(answers: pa.Table) -> dict[str, dict[str, int]]:
+    """Kind → entities."""
+    kinds = answers["entities"].combine_chunks().flatten().field("label")
+    return {"entities": dict(Counter(kinds.to_pylist()))}
 
 
 def items(rows: pa.Table) -> pa.Table:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
-from tests.serve.conftest import key
+from tests.serve.conftest import key, scraped, total
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -317,6 +318,20 @@ def test_tokens_of_a_key_are_counted(deployed: Deployed, stream: bool) -> None:
     assert [part.usage.total_tokens for part in asked if part.usage and not part.choices] == [
         deployed.ask().usage.total_tokens
     ]
+
+
+def test_streams_tell_when_they_began(deployed: Deployed) -> None:
+    labels = {"application": NAME, "route": "/v1/chat/completions"}
+    name = "ray_whorl_time_to_first_token_seconds_count"
+    before = total(scraped(), name, **labels)
+    for _ in range(3):
+        list(deployed.ask(stream=True))
+    deadline = time.monotonic() + 40
+    while total(found := scraped(), name, **labels) < before + 3:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert total(found, "ray_whorl_tokens_total", application=NAME) > 0
+    assert total(found, "ray_whorl_model_info", application=NAME, model=f"{NAME}@1") == 1
 
 
 def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:

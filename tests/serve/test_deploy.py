@@ -18,9 +18,9 @@ from cluster.local import free_port
 from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
+from lib.registry import parse_reference
 from lib.settings import CanarySettings, ServingSettings
 from serve.deploy import application_config, deploy
-from serve.following import parse_reference
 from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
 pytestmark = pytest.mark.ray
