@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lib import champions, storage, tracking
-from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
+from lib.artifacts import ADAPTER_FOLDER, PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
 from lib.direction import gain, lower_is_better
 from lib.errors import ConfigError, ModelError, RegistryError, nearest
 from lib.settings import PromotionSettings
@@ -127,6 +127,12 @@ def register(run: tracking.Run, report: EvalReport) -> ModelRef:
                 shutil.copytree(
                     folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(storage.COMPLETE)
                 )
+                if storage.published(run.ref.adapter_uri):
+                    with storage.local_copy(run.ref.adapter_uri) as adapter:
+                        check_safe(adapter, is_model=False)
+                        shutil.copytree(
+                            adapter, scratch / ADAPTER_FOLDER, ignore=shutil.ignore_patterns(storage.COMPLETE)
+                        )
                 version = {
                     "format": 1,
                     "name": name,
@@ -256,12 +262,14 @@ def verify(folder: Path) -> None:
             )
 
 
-def check_safe(folder: Path) -> None:
+def check_safe(folder: Path, is_model: bool = True) -> None:
     """Refuse a directory that could not be served, or that holds anything which unpickles on loading.
 
-    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file.
+    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file. An adapter's
+    directory is no model's, and checked for all but being one.
     """
-    check_model_directory(folder)
+    if is_model:
+        check_model_directory(folder)
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

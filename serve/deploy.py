@@ -68,7 +68,9 @@ def application_config(settings: Settings, ref: ModelRef, instead_of: str | None
         "args": arguments,
     }
     if served_as(settings) in STARTED_ANEW:
-        arguments |= {"model": _reference(settings), "version": ref.version}
+        arguments["model"] = _reference(settings)
+        # An engine of adapters follows their aliases itself; another version would start it anew.
+        arguments["version"] = None if settings.serving.chat.adapters else ref.version
     else:
         follows = {"model": str(ref)} | ({"instead_of": instead_of} if instead_of else {})
         application["deployments"] = [{"name": served_as(settings).capitalize(), "user_config": follows}]

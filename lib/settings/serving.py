@@ -35,6 +35,12 @@ class ChatEngineSettings(Section):
     """Skip graph capture and compilation: a quicker start, slower tokens. None: on a CPU, not on GPUs."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 0
     """How long tokens of a stream are gathered before they are sent; 0 sends each at once."""
+    adapters: list[str] = []
+    """`NAME@champion` or `NAME@VERSION` of models that were trained with LoRA from the same base as `serving.model`: one
+    engine holds the base and serves them all, each under its name, and follows their aliases without a restart."""
+    max_adapters: Positive = 4
+    """Adapters that are computed with at once."""
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     options: dict[str, Any] = {}
     """Any other of vLLM's engine arguments, such as `{enable_auto_tool_choice: true, tool_call_parser: hermes}`."""
     environment: dict[str, str] = {}

@@ -6,6 +6,7 @@ One engine for all tests: starting it is most of the time.
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import pytest
 
 from cluster.local import free_port
 from lib import keys, registry, storage, tracking
-from lib.artifacts import ModelRef, TaskFile
+from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
@@ -32,8 +33,8 @@ NAME, CONTEXT = "helper", 256
 QUESTION = [{"role": "user", "content": "my phone does not ring"}]
 
 
-def publish_chat(version: int) -> ModelRef:
-    """A model version as `jobs.finetune` exports one: a random Llama, 2 layers, with a byte-level tokeniser."""
+def random_chat(base: Path, seed: int) -> Any:
+    """A random Llama, 2 layers, as a base's directory with a byte-level tokeniser."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -50,7 +51,7 @@ def publish_chat(version: int) -> ModelRef:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
     )
-    set_seed(version)
+    set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(pieces),
         hidden_size=128,
@@ -63,14 +64,43 @@ def publish_chat(version: int) -> ModelRef:
         bos_token_id=0,
         eos_token_id=1,
     )
-    ref = ModelRef(NAME, version)
-    with tempfile.TemporaryDirectory() as base, storage.publish(ref.uri) as folder:
-        fast.save_pretrained(base)
-        info = TaskFile("chat", [], CONTEXT, base, f"{NAME}/0123456789abcdef", chat_template="chatml")
-        chat.save(LlamaForCausalLM(config), Path(base), info, folder)
-        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+    fast.save_pretrained(base)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    return model
+
+
+def publish(ref: ModelRef, model: Any, base: Path, adapter: Path | None = None) -> ModelRef:
+    """A model version as `jobs.promote` registers what `jobs.finetune` exports."""
+    info = TaskFile("chat", [], CONTEXT, str(base), f"{ref.name}/0123456789abcdef", chat_template="chatml")
+    with storage.publish(ref.uri) as folder:
+        chat.save(model, base, info, folder)
+        if adapter is not None:
+            shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): storage.checksum(str(path)) for path in paths}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
+
+
+def publish_chat(version: int) -> ModelRef:
+    with tempfile.TemporaryDirectory() as base:
+        return publish(ModelRef(NAME, version), random_chat(Path(base), version), Path(base))
+
+
+def publish_adapter(name: str, version: int, base: Path) -> ModelRef:
+    """A version that was trained with LoRA: its weights are random, and added to those of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(100 * version + len(name))
+    # Without PEFT's usual start at nothing, so that each version says something else.
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with tempfile.TemporaryDirectory() as adapter:
+        model.save_pretrained(adapter)
+        tracking.client().create_model_version(name, source="run")
+        return publish(ModelRef(name, version), model.merge_and_unload(), base, Path(adapter))
 
 
 def crown(ref: ModelRef) -> None:
@@ -80,12 +110,16 @@ def crown(ref: ModelRef) -> None:
 
 def greedy(ref: ModelRef, tokens: int) -> str:
     """What transformers says to the question with the weights of a version."""
+    folder = Path(ref.uri.removeprefix("file://"))
+    return greedy_of(folder, folder, tokens)
+
+
+def greedy_of(weights: Path, tokenizer_of: Path, tokens: int) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(ref.uri.removeprefix("file://"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     prompt = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -354,3 +388,43 @@ def test_another_champion_is_taken_up(deployed: Deployed) -> None:
     assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
+
+
+def test_adapters_share_an_engine_and_are_followed_without_a_restart(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    from serve.deploy import deploy
+
+    random_chat(tmp_path, 7)
+    for name in ("goods", "tone"):
+        tracking.client().create_registered_model(name)
+    refs = [publish_adapter(*of, tmp_path) for of in (("goods", 1), ("goods", 2), ("tone", 1))]
+    registry.set_alias(refs[0], registry.CHAMPION)
+    engine = {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8, "max_adapter_rank": 8}
+    settings = chat_settings(
+        port=deployed.settings.serving.port,
+        model="goods@champion",
+        chat={**engine, "adapters": ["tone@1"]},
+    )
+    deploy(settings)
+
+    def says(model: str) -> str:
+        answer = deployed.ask(model=model)
+        return str(answer.choices[0].message.content)
+
+    assert says("goods") == says("goods@champion") == greedy(refs[0], 16)
+    assert says("tone") == says("tone@1") == greedy(refs[2], 16)
+    assert says("base") == greedy_of(tmp_path, Path(refs[0].uri.removeprefix("file://")), 16)
+    assert len({says("goods"), says("tone"), says("base")}) == 3
+    with pytest.raises(
+        openai.NotFoundError, match=r"no model 'helper' here .*goods, goods@champion, tone, tone@1, base"
+    ):
+        says("helper")
+    before = {process.pid for process in engine_processes()}
+    registry.set_alias(refs[1], registry.CHAMPION)
+    deadline = time.monotonic() + 30
+    while says("goods") != greedy(refs[1], 16) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert says("goods") == greedy(refs[1], 16)
+    assert deployed.ask(model="goods").model == "goods@2"
+    assert {process.pid for process in engine_processes()} == before
