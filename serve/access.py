@@ -230,6 +230,29 @@ def guard(app: FastAPI, settings: AccessSettings) -> None:
     if settings.required:
         name = ray_serve.get_replica_context().app_name
         app.add_middleware(Access, application=name, settings=settings)
+        document(app)
+
+
+def document(app: FastAPI) -> None:
+    """Say in the application's description what a key is needed for."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = plain()
+        schema.setdefault("components", {})["securitySchemes"] = {
+            "key": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "A key of `python -m serve.keys create`.",
+            }
+        }
+        for path, operations in schema["paths"].items():
+            if not _is_open(path):
+                for operation in operations.values():
+                    operation["security"] = [{"key": []}]
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def path_of(scope: Scope) -> str:

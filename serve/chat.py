@@ -13,7 +13,6 @@ Two deployments. `Chat`, the ingress, checks a request and turns every mistake i
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
@@ -31,7 +30,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from lib import registry, tracking
@@ -43,15 +42,16 @@ from lib.settings.sections import Positive
 from serve import logs
 from serve.access import guard
 from serve.adapters import BASE, Adapters, Names, base_of
+from serve.admission import admit, overloaded
 from serve.http import Ready, create_app, error_response, request_id
 from serve.observing import observe
 from serve.recording import record
-from serve.scaling import TOKENS, size
+from serve.scaling import TOKENS, UNBOUNDED, size
+from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_GIB = 1.0
-UNBOUNDED = 1_000_000
 
 
 class Arguments(ServingSettings):
@@ -172,19 +172,19 @@ class Chat(OpenAiIngress):
     ) -> AsyncIterator[Any]:
         body.model, version = self._meant(body.model)
         options = getattr(body, "stream_options", None)
-        # It is what a key's tokens are counted by; whoever did not ask for it is not told.
-        is_ours = bool(body.stream) and not (options and options.include_usage)
-        if is_ours:
-            body.stream_options = StreamOptions(include_usage=True)
+        usage = Usage(
+            asked=bool(options and options.include_usage),
+            each=bool(options and options.include_usage and options.continuous_usage_stats),
+        )
+        if body.stream:
+            # What a key is charged for, also when its client breaks off.
+            body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
         state = raw_request.state if raw_request is not None else SimpleNamespace()
         state.model = version
         async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
-            shown = []
-            for one in part if isinstance(part, list) else [part]:
-                tokens, is_alone = usage_of(one)
-                state.tokens = tokens or getattr(state, "tokens", 0)
-                if not (is_ours and is_alone):
-                    shown.append(one)
+            parts = part if isinstance(part, list) else [part]
+            shown = [seen for one in parts if (seen := usage.passed(one)) is not None]
+            state.tokens = usage.tokens
             if shown:
                 yield shown if isinstance(part, list) else shown[0]
 
@@ -193,7 +193,6 @@ class Chat(OpenAiIngress):
             "Whorl chat",
             "OpenAI's chat and completions, by a model that was fine-tuned on your data.",
             self,
-            self._serving.max_body_bytes,
         )
         app.add_exception_handler(OpenAIHTTPException, _engine_error)
         app.add_exception_handler(BackPressureError, _full)
@@ -202,22 +201,12 @@ class Chat(OpenAiIngress):
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
         app.get("/v1/models/{model:path}", tags=["models"], summary="One of them")(self.model_data)
+        # Places are the engine's, of all its replicas; Ray Serve tells when there is none.
+        admit(app, self._serving)
         record(app, self._serving.events)
         guard(app, self._serving.access)
         observe(app, self, self._serving)
         return app
-
-
-def usage_of(part: Any) -> tuple[int, bool]:
-    """Tokens of a prompt and its answer that a part of an answer tells (0: it tells none), and whether it tells
-    nothing else. A part is one of vLLM's models or, in a stream, the text of a server-sent event."""
-    if isinstance(part, str):
-        if not part.startswith("data: {") or '"usage":{' not in part.replace('"usage": {', '"usage":{'):
-            return 0, False
-        found = json.loads(part.removeprefix("data: "))
-        return int(found["usage"]["total_tokens"]), not found.get("choices")
-    usage = getattr(part, "usage", None)
-    return (int(usage.total_tokens), not part.choices) if usage else (0, False)
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:
@@ -226,8 +215,8 @@ async def _engine_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(status, error.message, code=status.name.lower())
 
 
-async def _full(request: Request, error: Exception) -> JSONResponse:
-    return error_response(503, "too many requests are waiting; try again", code="overloaded")
+async def _full(request: Request, error: Exception) -> Response:
+    return overloaded()
 
 
 def on_gpu(serving: ServingSettings) -> bool:

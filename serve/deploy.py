@@ -58,7 +58,7 @@ def application_config(settings: Settings, ref: ModelRef, instead_of: str | None
     that starts its engine anew, in the arguments.
     """
     # Where it listens is Ray Serve's matter, not the replica's: a change of these restarts nothing.
-    elsewhere = {"model", "host", "port", "route_prefix", "request_timeout_s", "start_timeout_s"}
+    elsewhere = {"model", "host", "port", "route_prefix", "start_timeout_s"}
     arguments = settings.serving.model_dump(mode="json", exclude=elsewhere)
     application: dict[str, Any] = {
         "name": settings.name,
@@ -131,7 +131,6 @@ def _start_serve(serving: ServingSettings) -> ServeControllerClient:
         listening = {
             "host": serving.host,
             "port": serving.port,
-            "request_timeout_s": serving.request_timeout_s,
         }
         try:
             ray_serve.start(http_options=listening)

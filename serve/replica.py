@@ -15,13 +15,14 @@ from ray import serve as ray_serve
 from lib.settings import ServingSettings
 from serve import logs, metrics
 from serve.access import guard
+from serve.admission import Places, admit
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
 from serve.observing import observe
 from serve.probation import Probation
 from serve.recording import record
-from serve.scaling import size
+from serve.scaling import UNBOUNDED, size
 
 
 class EncoderModel(ABC):
@@ -100,7 +101,7 @@ def http_api(
     replica: Replica[Any], task: str, summary: str, description: str, request_model: type[BaseModel]
 ) -> FastAPI:
     """The HTTP side of a replica: POST /v1/TASK beside what every application has."""
-    app = create_app(f"Whorl {task}", description, replica, replica.serving.max_body_bytes)
+    app = create_app(f"Whorl {task}", description, replica)
 
     @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
@@ -109,9 +110,11 @@ def http_api(
         response, state.tokens, state.model = await replica.respond(inputs, identity)
         return response
 
-    record(app, replica.serving.events)
-    guard(app, replica.serving.access)
-    observe(app, replica, replica.serving)
+    serving = replica.serving
+    admit(app, serving, Places(serving.max_ongoing_requests, serving.max_queued_requests))
+    record(app, serving.events)
+    guard(app, serving.access)
+    observe(app, replica, serving)
     return app
 
 
@@ -119,8 +122,8 @@ def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
     """The deployment as an application of the size that `serving` asks for."""
     return deployment.options(
         **size(serving),
-        max_ongoing_requests=serving.max_ongoing_requests,
-        max_queued_requests=serving.max_queued_requests,
+        # Whom a replica has no place for it tells itself (serve/admission.py): Ray Serve would, in plain text.
+        max_ongoing_requests=UNBOUNDED,
         logging_config=logs.config(serving.logs),
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     ).bind(serving)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from lib.settings import ServingSettings
 
+UNBOUNDED = 1_000_000
+"""`max_ongoing_requests` of a deployment that bounds requests by itself."""
 TOKENS = "tokens_in_flight"
 """What an engine reports: tokens of the prompts and answers it is at work on."""
 

@@ -26,6 +26,7 @@ os.environ |= ALONE
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ |= ingress_ports()
@@ -93,11 +94,14 @@ def database(storage: Path, empty_database: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+def make_tiny_base(folder: Path) -> Path:
     """A base model directory: a random BERT, 2 layers, 32 wide, with a word-level tokeniser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
 
-    folder = tmp_path_factory.mktemp("tiny-base")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     pieces = special + WORDS + [p for p in letters if p not in WORDS] + [f"##{c}" for c in letters]

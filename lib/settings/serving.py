@@ -67,6 +67,8 @@ class EventSettings(Section):
     """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
     max_bytes: Positive = 262_144
     """A request or an answer that is longer is kept without its words."""
+    feedback_waits_s: Annotated[float, Field(ge=0)] = 2
+    """How long feedback waits for its answer, which is in the database a moment after it was sent."""
 
 
 class CanarySettings(Section):
@@ -127,13 +129,16 @@ class ServingSettings(Section):
     look_back_s: Annotated[float, Field(gt=0)] = 15
     """Seconds over which the load is averaged."""
     max_ongoing_requests: Positive = 64
+    """Requests that a replica works on at once."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = 256
-    """Requests waiting beyond this are answered 503 at once; -1 is no bound."""
+    """Requests waiting for a replica beyond this are answered 503 at once; -1 is no bound."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     tokens_per_batch: Positive = 2048
     """Padded tokens that the engine computes at once."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    """How long a body may take to arrive (408), and then its answer (504); of a stream, until its first part and
+    between two."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     """How long a deployment may take until it answers."""
     max_inputs: Positive = 256
