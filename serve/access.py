@@ -247,7 +247,7 @@ def document(app: FastAPI) -> None:
             }
         }
         for path, operations in schema["paths"].items():
-            if not _is_open(path):
+            if not is_open(path):
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
         return schema
