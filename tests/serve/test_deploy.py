@@ -60,7 +60,8 @@ def replica_processes() -> list[int]:
     from ray import serve as ray_serve
 
     replicas = ray_serve.context._get_global_client().get_serve_details()["applications"]["reviews"]
-    return [replica["pid"] for replica in replicas["deployments"]["Sentiment"]["replicas"]]
+    found = replicas["deployments"]["Sentiment"]["replicas"]
+    return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
 def test_a_new_version_takes_over_under_load_without_a_lost_request(endpoint: Endpoint) -> None:
