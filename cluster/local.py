@@ -1,6 +1,6 @@
 """One machine's cluster: a Ray head with its dashboard, Serve's ingress and the MLflow page.
 
-    python -m cluster.local up [--cpus 8] [--dashboard-port 8265] [--ui-port 5000]
+    python -m cluster.local up [--cpus 8] [--dashboard-port 8265] [--ui-port 5000] [--metrics-port 9464]
     python -m cluster.local status | down | env | ui
 
 `up` starts a supervisor that stays in the background and owns every process of the cluster: it asks the
@@ -86,6 +86,7 @@ def up(arguments: argparse.Namespace) -> None:
         "--port": arguments.port,
         "--dashboard-port": arguments.dashboard_port,
         "--ui-port": arguments.ui_port,
+        "--metrics-port": arguments.metrics_port,
     }
     for option, port in ports.items():
         require_free(port, option)
@@ -164,6 +165,7 @@ def _head_command(arguments: argparse.Namespace, folder: Path, agent: int) -> li
         "--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={arguments.dashboard_port}",
         # Its default is one fixed port, which a second Ray on this machine would hold.
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
+        f"--metrics-export-port={arguments.metrics_port}",
     ]  # fmt: skip
 
 
@@ -185,6 +187,7 @@ def _write_state(arguments: argparse.Namespace) -> None:
         "cpus": arguments.cpus,
         "dashboard": f"http://{HOST}:{arguments.dashboard_port}",
         "ui": f"http://{HOST}:{arguments.ui_port}",
+        "metrics": f"http://{HOST}:{arguments.metrics_port}/metrics",
         "environment": {key: environment()[key] for key in keys},
     }
     storage.write_json(str(STATE), state)
@@ -275,6 +278,7 @@ def show(found: dict[str, Any]) -> None:
     print(f"  Ray          {found['address']}, {found['cpus']} logical CPUs")
     print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
     print(f"  MLflow page  {found['ui']}")
+    print(f"  metrics      {found['metrics']}   (for Prometheus: cluster/observability)")
     print('  for `ray job submit` and `serve deploy`: eval "$(python -m cluster.local env)"')
 
 
@@ -374,6 +378,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=6379, help="of Ray's control store")
     parser.add_argument("--dashboard-port", type=int, default=8265, help="of the dashboard and the jobs API")
     parser.add_argument("--ui-port", type=int, default=5000, help="of the MLflow page")
+    parser.add_argument("--metrics-port", type=int, default=9464, help="of what Prometheus reads")
     arguments = parser.parse_args()
     commands = {
         "up": lambda: up(arguments),

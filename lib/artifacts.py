@@ -6,7 +6,8 @@
     runs/RUN_ID/evaluation/      EvalReport   report.json, report.html, *.png
     models/NAME/VERSION/         ModelRef     a registered model version; never changes
 
-A model directory holds config.json, model.safetensors, the tokenizer's files and task.json.
+A model directory holds config.json, model.safetensors, the tokenizer's files and task.json; a registered one also
+adapter/, where the run has left one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from lib.errors import DataError, ModelError, RegistryError, StorageError
 
 SPLITS = ("train", "validation", "test")
 TASK_FILE = "task.json"
+# Of a registered version that was trained with one: its adapter alone, as PEFT reads it.
+ADAPTER_FOLDER = "adapter"
 # What unpickles on loading. A base model may hold one beside its safetensors, a model version may not.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")
 

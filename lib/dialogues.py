@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import ftfy
@@ -44,6 +44,10 @@ FORMS = {
     "pair": ("question", "answer", "system"),
 }
 MAY_LACK = {"input", "system"}
+# The same without the answers: what a model can be asked.
+ASKED = {
+    form: tuple(name for name in names if name not in ("output", "answer")) for form, names in FORMS.items()
+}
 # Keys of a turn, by form.
 KEYS = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 # What no text needs and no template expects: controls but for tab and newline.
@@ -54,29 +58,31 @@ class MalformedError(ValueError):
     """What is wrong with a row, in words that go behind its file and number."""
 
 
-def columns(data: DataSettings, present: Collection[str]) -> dict[str, str]:
+def columns(
+    data: DataSettings, present: Collection[str], forms: Mapping[str, tuple[str, ...]] = FORMS
+) -> dict[str, str]:
     """Name here → column of the source, for the form that `data.dialogue` names or `present` columns tell.
 
     Without `present` columns (nobody has looked yet), those of the form that is named, else of `messages`.
     Raises DataError when the columns are those of no form.
     """
     if data.dialogue != "auto":
-        return _columns_of(data.dialogue, data, present)
+        return _columns_of(forms[data.dialogue], data, present)
     if not present:
-        return _columns_of("messages", data, present)
-    for form in FORMS:
-        found = _columns_of(form, data, present)
+        return _columns_of(forms["messages"], data, present)
+    for names in forms.values():
+        found = _columns_of(names, data, present)
         if set(found.values()) <= set(present):
             return found
     raise DataError(
         f"data.dialogue: columns {', '.join(map(repr, list(present)[:20]))} are those of no form; "
-        f"{'; '.join(f'{form}: ' + ', '.join(_columns_of(form, data, ()).values()) for form in FORMS)}; "
+        f"{'; '.join(f'{form}: ' + ', '.join(_columns_of(names, data, ()).values()) for form, names in forms.items())}; "
         f"name yours under data.columns"
     )
 
 
-def _columns_of(form: str, data: DataSettings, present: Collection[str]) -> dict[str, str]:
-    found = {name: getattr(data.columns, name) for name in FORMS[form]}
+def _columns_of(names: tuple[str, ...], data: DataSettings, present: Collection[str]) -> dict[str, str]:
+    found = {name: getattr(data.columns, name) for name in names}
     return {n: column for n, column in found.items() if n not in MAY_LACK or column in present}
 
 
@@ -91,18 +97,31 @@ def messages(row: dict[str, str | None]) -> list[Message]:
     Ends with the last turn of the assistant: what follows it teaches nothing. A question without an answer
     comes back as it is, without one. Raises MalformedError.
     """
-    form = form_of(row)
-    if form in KEYS:
-        turns = _turns(row[FORMS[form][0]], *KEYS[form])
-    elif form == "alpaca":
-        asked = [clean(row["instruction"]), clean(row.get("input"))]
-        turns = _exchange(row.get("system"), "\n\n".join(part for part in asked if part), row["output"])
-    else:
-        turns = _exchange(row.get("system"), row["question"], row["answer"])
-    if form in KEYS and turns:
+    turns = _read(row)
+    if form_of(row) in KEYS and turns:
         _check(turns)
     last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=len(turns) - 1)
     return turns[: last + 1]
+
+
+def question(row: dict[str, str | None]) -> list[Message]:
+    """The dialogue up to the user's last turn, by the names of `columns` among ASKED. Raises MalformedError."""
+    turns = _read(row)
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=-1)
+    if last < 0:
+        raise MalformedError("asks nothing: no turn of the user has a text")
+    _check_system(turns[: last + 1])
+    return turns[: last + 1]
+
+
+def _read(row: dict[str, str | None]) -> list[Message]:
+    form = form_of(row)
+    if form in KEYS:
+        return _turns(row[FORMS[form][0]], *KEYS[form])
+    if form == "alpaca":
+        asked = [clean(row["instruction"]), clean(row.get("input"))]
+        return _exchange(row.get("system"), "\n\n".join(part for part in asked if part), row.get("output"))
+    return _exchange(row.get("system"), row["question"], row.get("answer"))
 
 
 def _exchange(system: str | None, question: str | None, answer: str | None) -> list[Message]:
@@ -156,6 +175,11 @@ def _check(turns: Sequence[Message]) -> None:
         raise MalformedError(
             "has no turn of the assistant, so nothing can be learned of it; leave the row out"
         )
+    _check_system(turns)
+
+
+def _check_system(turns: Sequence[Message]) -> None:
+    roles = [turn["role"] for turn in turns]
     if "system" in roles[1:]:
         raise MalformedError(
             f"turn {roles[1:].index('system') + 2} is a system message; only the first may be one"

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -218,6 +219,31 @@ def lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
+@dataclass(frozen=True)
+class Backlog:
+    """Events of this process that the database does not have."""
+
+    waiting: int
+    """In memory alone."""
+    journal_bytes: int
+    """In its journals."""
+    dropped: int
+    """Lost since it began."""
+
+
+_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
+
+def backlog() -> Backlog:
+    """Of all recorders of this process."""
+    found = [recorder.backlog() for recorder in list(_recorders)]
+    return Backlog(
+        sum(one.waiting for one in found),
+        sum(one.journal_bytes for one in found),
+        sum(one.dropped for one in found),
+    )
+
+
 class Recorder:
     """The thread that writes events, one for each process.
 
@@ -230,7 +256,11 @@ class Recorder:
         self._redact, self._folder, self._put = redact, folder or journals(), put
         self._waiting: queue.Queue[Event | None] = queue.Queue(WAITING)
         self._dropped = 0
+        self._journal: Journal | None = None
+        self.lost = 0
+        """Events that were dropped since it began."""
         self._closed = threading.Event()
+        _recorders.add(self)
         self._thread = threading.Thread(target=self._work, name="events", daemon=True)
         self._thread.start()
 
@@ -240,6 +270,14 @@ class Recorder:
             self._waiting.put_nowait(event)
         except queue.Full:
             self._dropped += 1
+            self.lost += 1
+
+    def backlog(self) -> Backlog:
+        """What is not in the database yet."""
+        size = 0
+        with suppress(OSError, ValueError):  # ValueError: it is closed
+            size = self._journal.size if self._journal else 0
+        return Backlog(self._waiting.qsize(), size, self.lost)
 
     def close(self, seconds: float = 10.0) -> None:
         """Write what waits, to the journal at least, and end."""
@@ -250,7 +288,8 @@ class Recorder:
 
     def _work(self) -> None:
         try:
-            self._write(Journal(self._folder))
+            self._journal = Journal(self._folder)
+            self._write(self._journal)
         except Exception:
             logger.exception("events are not recorded any more")
 
@@ -293,6 +332,7 @@ class Recorder:
             self._dropped = 0
         if journal.size > JOURNAL_BYTES:
             logger.error("%d events were dropped: %s is full", len(rows), journal.path)
+            self.lost += len(rows)
             return True
         try:
             journal.append([json.dumps(row, ensure_ascii=False).encode() for row in rows])

@@ -66,6 +66,15 @@ class Generator:
             ) from None
         return list(found["input_ids"])
 
+    def check(self, prompt: Sequence[int]) -> None:
+        """Raises RequestError for a prompt that leaves no room for an answer in the model's context."""
+        if len(prompt) >= self.context:
+            raise RequestError(
+                f"the messages have {len(prompt)} tokens and the model reads {self.context}; shorten them",
+                param="messages",
+                code="context_length_exceeded",
+            )
+
     def answers(
         self,
         dialogues: Sequence[Sequence[Message]],
@@ -80,12 +89,7 @@ class Generator:
         """
         prompts = [self.prompt(turns) for turns in dialogues]
         for prompt in prompts:
-            if len(prompt) >= self.context:
-                raise RequestError(
-                    f"the messages have {len(prompt)} tokens and the model reads {self.context}; shorten them",
-                    param="messages",
-                    code="context_length_exceeded",
-                )
+            self.check(prompt)
         found: dict[int, Answer] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         while order:

@@ -10,6 +10,7 @@ between, a row stays in MLflow that no reader here takes for a version.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,15 +22,16 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lib import champions, storage, tracking
-from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
+from lib.artifacts import ADAPTER_FOLDER, PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
 from lib.direction import gain, lower_is_better
-from lib.errors import ModelError, RegistryError, nearest
+from lib.errors import ConfigError, ModelError, RegistryError, nearest
 from lib.settings import PromotionSettings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VERSION_FILE = "version.json"
+REFERENCE = re.compile(r"^(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>[A-Za-z0-9_.-]+)$")
 CHAMPION, CANDIDATE = "champion", "candidate"
 NOT_FOUND = (
     "RESOURCE_DOES_NOT_EXIST",
@@ -125,6 +127,12 @@ def register(run: tracking.Run, report: EvalReport) -> ModelRef:
                 shutil.copytree(
                     folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(storage.COMPLETE)
                 )
+                if storage.published(run.ref.adapter_uri):
+                    with storage.local_copy(run.ref.adapter_uri) as adapter:
+                        check_safe(adapter, is_model=False)
+                        shutil.copytree(
+                            adapter, scratch / ADAPTER_FOLDER, ignore=shutil.ignore_patterns(storage.COMPLETE)
+                        )
                 version = {
                     "format": 1,
                     "name": name,
@@ -139,6 +147,14 @@ def register(run: tracking.Run, report: EvalReport) -> ModelRef:
             raise
     note(ref, uri=ref.uri)
     return ref
+
+
+def parse_reference(reference: str) -> tuple[str, str]:
+    """Name and version or alias. Raises ConfigError."""
+    match = REFERENCE.match(reference)
+    if match is None:
+        raise ConfigError(f"model {reference!r} must look like reviews@champion or reviews@3")
+    return match["name"], match["version"]
 
 
 def resolve(name: str, version: str = CHAMPION) -> ModelRef:
@@ -246,12 +262,14 @@ def verify(folder: Path) -> None:
             )
 
 
-def check_safe(folder: Path) -> None:
+def check_safe(folder: Path, is_model: bool = True) -> None:
     """Refuse a directory that could not be served, or that holds anything which unpickles on loading.
 
-    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file.
+    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file. An adapter's
+    directory is no model's, and checked for all but being one.
     """
-    check_model_directory(folder)
+    if is_model:
+        check_model_directory(folder)
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

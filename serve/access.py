@@ -92,7 +92,7 @@ class Access:
         self._limiter = limiter or shared(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or _is_open(_path(scope)):
+        if scope["type"] != "http" or is_open(path_of(scope)):
             await self._app(scope, receive, send)
             return
         try:
@@ -164,7 +164,7 @@ def document(app: FastAPI) -> None:
             }
         }
         for path, operations in schema["paths"].items():
-            if not _is_open(path):
+            if not is_open(path):
                 for operation in operations.values():
                     operation["security"] = [{"key": []}]
         return schema
@@ -172,11 +172,13 @@ def document(app: FastAPI) -> None:
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
+    """The path inside the application."""
     return str(scope["path"]).removeprefix(str(scope.get("root_path", "")))
 
 
-def _is_open(path: str) -> bool:
+def is_open(path: str) -> bool:
+    """Whether it is answered without a key."""
     return any(path == known or path.startswith(f"{known}/") for known in OPEN)
 
 

@@ -36,21 +36,23 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 from lib import registry, tracking
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
+from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from serve import logs
 from serve.access import guard
+from serve.adapters import BASE, Adapters, Names, base_of
 from serve.admission import admit, overloaded
-from serve.following import parse_reference
 from serve.http import Ready, create_app, error_response, request_id
+from serve.observing import observe
 from serve.recording import record
-from serve.replica import UNBOUNDED, size
+from serve.scaling import TOKENS, UNBOUNDED, size
 from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
 CPU_KV_CACHE_GIB = 1.0
 MOST_STOPS, MOST_ANSWERS = 64, 128
-QUIET = {"enable_access_log": False}
 
 
 class Arguments(ServingSettings):
@@ -69,16 +71,33 @@ class Engine(LLMServer):
 
     # Ray Serve awaits a replica's `__init__`.
     async def __init__(  # type: ignore[misc]
-        self, llm_config: LLMConfig, serving: ServingSettings, ref: ModelRef
+        self, llm_config: LLMConfig, serving: ServingSettings, ref: ModelRef | None
     ) -> None:
+        refs = [ref] if ref else await asyncio.to_thread(served_refs, serving)
         # The engine's workers read the files while it starts, all of them on this replica's machine or on a
         # file system that their machines share.
         with ExitStack() as files:
-            folder = await asyncio.to_thread(files.enter_context, registry.open_version(ref))
+            folder = await asyncio.to_thread(files.enter_context, registry.open_version(refs[0]))
             check_model_directory(folder)
             TaskFile.read(folder, "chat")
-            await super().__init__(engine_config(serving, ref, folder))
-        logger.info("serving %s", ref)
+            base = await asyncio.to_thread(base_of, refs) if serving.chat.adapters else None
+            await super().__init__(engine_config(serving, refs[0], folder, base))
+            self._adapters = Adapters(self.engine) if serving.chat.adapters else None
+            if self._adapters is not None:
+                for one in refs:
+                    await self._adapters.ensure(str(one))
+        logger.info("serving %s", ", ".join(map(str, refs)))
+
+    async def _run_request(self, request: Any, **rest: Any) -> Any:
+        if self._adapters is not None:
+            await self._adapters.ensure(request.model)
+        return await super()._run_request(request, **rest)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What `serve.scaling.ByTokens` goes by; Ray Serve asks for it."""
+        states = list(self.engine._engine_client.output_processor.request_states.values())
+        written = (state.detokenizer.num_output_tokens() for state in states if state.detokenizer)
+        return {TOKENS: float(sum(state.prompt_len for state in states) + sum(written))}
 
     async def __del__(self) -> None:
         # Ray Serve's own leaves the engine's processes to the interpreter's end, which a killed one has not.
@@ -97,18 +116,27 @@ class Chat(OpenAiIngress):
         llm_deployments: dict[str, DeploymentHandle],
         model_cards: dict[str, ModelCard],
         serving: ServingSettings,
-        ref: ModelRef,
+        ref: ModelRef | None,
         names: list[str],
     ) -> None:
         super().__init__(llm_deployments, model_cards)
         self._serving = serving
         self._ref = ref
-        self._names = names
+        """None where adapters are served, whose versions change."""
+        self._adapters = None if ref else Names(references(serving), served_refs(serving))
+        self._names = self._adapters.all() if self._adapters else names
         """What a request may call the model; the first is the one that answers bear."""
 
     def ready(self) -> Ready:
         # Ray Serve calls the application running when the engine is, and this deployment with it.
-        return Ready(model=self._ref.name, version=self._ref.version, engine=engine_name(self._serving))
+        ref = self._first()
+        return Ready(model=ref.name, version=ref.version, engine=engine_name(self._serving))
+
+    def _first(self) -> ModelRef:
+        """The version that a request without a model gets."""
+        found = self._adapters.find(None) if self._adapters else self._ref
+        assert found is not None
+        return found
 
     async def models(self) -> ModelList:
         (card,) = self._model_cards.values()
@@ -119,20 +147,32 @@ class Chat(OpenAiIngress):
         return card.model_copy(update={"id": model})
 
     async def _get_model_id(self, model: str | None) -> str:
-        if model is not None and model not in self._names:
-            raise UnknownModelError(
-                f"no model {model!r} here (there are: {', '.join(self._names)})",
-                param="model",
-                code="model_not_found",
-            )
-        return self._names[0]
+        """The deployment's name, of which there is one."""
+        self._meant(model)
+        (name,) = self._model_cards
+        return str(name)
+
+    def _meant(self, model: str | None) -> tuple[str, str]:
+        """What the engine calls the model that a request names, and which version that is."""
+        if self._adapters is not None:
+            found = self._adapters.find(model)
+            if found is not None:
+                return str(found), str(found)
+            if model == BASE:
+                return BASE, BASE
+        elif self._ref is not None and (model is None or model in self._names):
+            return self._ref.name, str(self._ref)
+        raise UnknownModelError(
+            f"no model {model!r} here (there are: {', '.join(self._names)})",
+            param="model",
+            code="model_not_found",
+        )
 
     async def _get_response(
         self, *, body: Any, raw_request: Request | None = None, **rest: Any
     ) -> AsyncIterator[Any]:
         check_amounts(body)
-        # The engine knows one name only.
-        body.model = await self._get_model_id(body.model)
+        body.model, version = self._meant(body.model)
         options = getattr(body, "stream_options", None)
         usage = Usage(
             asked=bool(options and options.include_usage),
@@ -142,7 +182,7 @@ class Chat(OpenAiIngress):
             # What a key is charged for, also when its client breaks off.
             body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
         state = raw_request.state if raw_request is not None else SimpleNamespace()
-        state.model = str(self._ref)
+        state.model = version
         async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
             parts = part if isinstance(part, list) else [part]
             shown = [seen for one in parts if (seen := usage.passed(one)) is not None]
@@ -167,6 +207,7 @@ class Chat(OpenAiIngress):
         admit(app, self._serving)
         record(app, self._serving.events)
         guard(app, self._serving.access)
+        observe(app, self, self._serving)
         return app
 
 
@@ -201,8 +242,23 @@ def engine_name(serving: ServingSettings) -> str:
     return f"vllm {serving.chat.dtype} on {'GPU' if on_gpu(serving) else 'CPU'}"
 
 
-def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None = None) -> LLMConfig:
+def references(serving: ServingSettings) -> list[str]:
+    """What is served as adapters, the first being `serving.model`."""
+    assert serving.model is not None
+    return list(dict.fromkeys([serving.model, *serving.chat.adapters]))
+
+
+def served_refs(serving: ServingSettings) -> list[ModelRef]:
+    """What these references mean now. Raises ConfigError, RegistryError."""
+    return [registry.resolve(*parse_reference(reference)) for reference in references(serving)]
+
+
+def engine_config(
+    serving: ServingSettings, ref: ModelRef, folder: Path | None = None, base: Path | None = None
+) -> LLMConfig:
     """Ray Serve's configuration of the engine; without a folder, what the deployment alone needs.
+
+    With `base` its weights are the base's, to which adapters are added, and the rest is the version's in `folder`.
 
     Raises ConfigError for GPUs that cannot be divided among the workers.
     """
@@ -218,6 +274,15 @@ def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None =
     }
     if chat.max_model_len is not None:
         engine["max_model_len"] = chat.max_model_len
+    if chat.adapters:
+        engine |= {
+            "enable_lora": True,
+            "max_loras": chat.max_adapters,
+            "max_lora_rank": chat.max_adapter_rank,
+            # What the version says of chats holds for the base too: template, end of a turn.
+            "tokenizer": str(folder),
+            "generation_config": str(folder),
+        }
     kv_cache_gib = chat.kv_cache_gib or (None if gpu else CPU_KV_CACHE_GIB)
     if kv_cache_gib is not None:
         engine["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
@@ -230,19 +295,22 @@ def engine_config(serving: ServingSettings, ref: ModelRef, folder: Path | None =
             )
         engine["gpu_memory_utilization"] = chat.gpu_memory
     return LLMConfig(
-        model_loading_config={"model_id": ref.name, "model_source": str(folder or ref.name)},
+        model_loading_config={
+            "model_id": BASE if chat.adapters else ref.name,
+            "model_source": str(base or folder or ref.name),
+        },
         accelerator_config={"kind": "gpu" if gpu else "cpu"},
         placement_group_config={"bundle_per_worker": bundle},
         engine_kwargs=engine | chat.options,
         experimental_configs={"stream_batching_interval_ms": chat.stream_interval_ms},
         runtime_env={"env_vars": _environment(serving)},
         deployment_config={
-            **size(serving),
+            **size(serving, chat.target_tokens),
             "max_ongoing_requests": serving.max_ongoing_requests,
             "max_queued_requests": serving.max_queued_requests,
             # The first worker's bundle holds the replica too.
             "ray_actor_options": {"num_cpus": 0},
-            "logging_config": QUIET,
+            "logging_config": logs.config(serving.logs).model_dump(),
         },
     )
 
@@ -270,17 +338,25 @@ def application(args: Arguments) -> ray_serve.Application:
     ref = ModelRef(name, args.version) if args.version else registry.resolve(name, version)
     serving = ServingSettings.model_validate(args.model_dump(exclude={"version"}))
     config = engine_config(serving, ref)
+    # Adapters' versions are no arguments: another one must not start the engine anew.
+    fixed = None if serving.chat.adapters else ref
     card = ModelCard(
         id=ref.name,
         object="model",
         owned_by="whorl",
         permission=[],
-        metadata={"version": ref.version, "max_model_len": serving.chat.max_model_len},
+        metadata={"version": fixed and fixed.version, "max_model_len": serving.chat.max_model_len},
     )
-    engine = build_llm_deployment(config, deployment_cls=Engine, bind_kwargs={"serving": serving, "ref": ref})
+    engine = build_llm_deployment(
+        config, deployment_cls=Engine, bind_kwargs={"serving": serving, "ref": fixed}
+    )
     names = list(dict.fromkeys([ref.name, args.model, str(ref)]))
     # What is too much is said where it waits for the engine; the ingress itself holds nobody back.
     ingress = ray_serve.deployment(
-        Chat, name="Chat", num_replicas=1, max_ongoing_requests=UNBOUNDED, logging_config=QUIET
+        Chat,
+        name="Chat",
+        num_replicas=1,
+        max_ongoing_requests=UNBOUNDED,
+        logging_config=logs.config(serving.logs),
     )
-    return ingress.bind({ref.name: engine}, {ref.name: card}, serving, ref, names)
+    return ingress.bind({ref.name: engine}, {ref.name: card}, serving, fixed, names)

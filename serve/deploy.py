@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
 from lib.errors import ModelError, ResourceError
+from lib.registry import parse_reference
 from lib.settings import ServingSettings, Settings
-from lib.tasks import load_task
-from serve.following import parse_reference
+from lib.tasks import load_task, served_as
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -68,16 +68,13 @@ def application_config(settings: Settings, ref: ModelRef, instead_of: str | None
         "args": arguments,
     }
     if served_as(settings) in STARTED_ANEW:
-        arguments |= {"model": _reference(settings), "version": ref.version}
+        arguments["model"] = _reference(settings)
+        # An engine of adapters follows their aliases itself; another version would start it anew.
+        arguments["version"] = None if settings.serving.chat.adapters else ref.version
     else:
         follows = {"model": str(ref)} | ({"instead_of": instead_of} if instead_of else {})
         application["deployments"] = [{"name": served_as(settings).capitalize(), "user_config": follows}]
     return application
-
-
-def served_as(settings: Settings) -> str:
-    """The task whose application answers: that of the models which the configured task exports."""
-    return getattr(load_task(settings.task), "SERVED_AS", settings.task)
 
 
 def _reference(settings: Settings) -> str:

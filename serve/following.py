@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from typing import Generic, Protocol, TypeVar
 
 from lib import registry
 from lib.artifacts import ModelRef
-from lib.errors import ConfigError, RegistryError, unwrap
+from lib.errors import RegistryError, unwrap
+from lib.registry import parse_reference
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_S = 5.0
-REFERENCE = re.compile(r"^(?P<name>[a-z0-9][a-z0-9_-]{0,62})@(?P<version>[A-Za-z0-9_.-]+)$")
 
 
 class Closable(Protocol):
@@ -123,14 +122,6 @@ class Following(Generic[M]):
         ref = registry.resolve(*parse_reference(reference))
         with registry.open_version(ref) as folder:
             return ref, self._load(folder)
-
-
-def parse_reference(reference: str) -> tuple[str, str]:
-    """Name and version or alias. Raises ConfigError."""
-    match = REFERENCE.match(reference)
-    if match is None:
-        raise ConfigError(f"model {reference!r} must look like reviews@champion or reviews@3")
-    return match["name"], match["version"]
 
 
 def _close_if_unused(loaded: Loaded[M]) -> None:

@@ -23,8 +23,9 @@ from lib import canary, registry
 from lib.artifacts import ModelRef
 from lib.canary import Compared
 from lib.errors import WhorlError
+from lib.registry import parse_reference
 from lib.settings import CanarySettings
-from serve.following import Following, Loaded, parse_reference
+from serve.following import Following, Loaded
 
 logger = logging.getLogger("ray.serve")
 

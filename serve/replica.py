@@ -13,15 +13,16 @@ from pydantic import BaseModel
 from ray import serve as ray_serve
 
 from lib.settings import ServingSettings
+from serve import logs, metrics
 from serve.access import guard
 from serve.admission import Places, admit
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
+from serve.observing import observe
 from serve.probation import Probation
 from serve.recording import record
-
-UNBOUNDED = 1_000_000
+from serve.scaling import UNBOUNDED, size
 
 
 class EncoderModel(ABC):
@@ -32,7 +33,9 @@ class EncoderModel(ABC):
         encoder = predictor.encoder
         self.name: str = encoder.name
         """Engine and precision."""
-        self.batcher = LengthBatcher(encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch)
+        self.batcher = LengthBatcher(
+            encoder.logits, serving.tokens_per_batch, encoder.padding_per_batch, metrics.current().batch
+        )
 
     @abstractmethod
     async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
@@ -111,20 +114,8 @@ def http_api(
     admit(app, serving, Places(serving.max_ongoing_requests, serving.max_queued_requests))
     record(app, serving.events)
     guard(app, serving.access)
+    observe(app, replica, serving)
     return app
-
-
-def size(serving: ServingSettings) -> dict[str, Any]:
-    """How many replicas, as options of a deployment."""
-    if serving.min_replicas == serving.max_replicas:
-        return {"num_replicas": serving.max_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": serving.min_replicas,
-            "max_replicas": serving.max_replicas,
-            "target_ongoing_requests": serving.target_ongoing_requests,
-        }
-    }
 
 
 def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
@@ -133,5 +124,6 @@ def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
         **size(serving),
         # Whom a replica has no place for it tells itself (serve/admission.py): Ray Serve would, in plain text.
         max_ongoing_requests=UNBOUNDED,
+        logging_config=logs.config(serving.logs),
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     ).bind(serving)

@@ -17,7 +17,6 @@ import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
-from ray.serve.schema import LoggingConfig
 
 from lib.settings import ServingSettings
 from lib.tasks import sentiment as task
@@ -72,7 +71,7 @@ class Model(EncoderModel):
         return one.label != other.label, apart
 
 
-@ray_serve.deployment(name="Sentiment", logging_config=LoggingConfig(enable_access_log=False))
+@ray_serve.deployment(name="Sentiment")
 @ray_serve.ingress()
 class Sentiment(Replica[Model]):
     """A replica that classifies texts."""

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
-from ray.serve.schema import LoggingConfig
 
 from lib.settings import ServingSettings
 from lib.tasks import tagging as task
@@ -72,7 +71,7 @@ class Model(EncoderModel):
         return texts, task.read(self.predictor, texts)
 
 
-@ray_serve.deployment(name="Tagging", logging_config=LoggingConfig(enable_access_log=False))
+@ray_serve.deployment(name="Tagging")
 @ray_serve.ingress()
 class Tagging(Replica[Model]):
     """A replica that finds entities."""

@@ -35,7 +35,11 @@ def trained(settings, dataset, right=0.9):
 
 
 def path(ref: ModelRef) -> Path:
-    return Path(ref.uri.removeprefix("file://"))
+    return path_of(ref.uri)
+
+
+def path_of(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
 
 
 def test_a_version_holds_the_model_its_checksums_and_its_lineage(settings, dataset):
@@ -51,6 +55,31 @@ def test_a_version_holds_the_model_its_checksums_and_its_lineage(settings, datas
     assert lineage["git_commit"]
     assert lineage["versions"]["torch"]
     assert set(lineage["files"]) >= {"config.json", "model.safetensors", "task.json", "tokenizer.json"}
+
+
+def test_a_version_carries_the_adapter_that_its_run_left(settings, dataset):
+    run, report = trained(settings, dataset)
+    with files.publish(run.ref.adapter_uri) as folder:
+        (folder / "adapter_config.json").write_text('{"r": 8}')
+        shutil.copy(path_of(run.ref.model_uri) / "model.safetensors", folder / "adapter_model.safetensors")
+    ref = registry.register(run, report)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(
+        registry.describe(ref)["files"]
+    )
+    with registry.open_version(ref) as folder:
+        assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+
+
+def test_an_adapter_that_unpickles_is_not_registered(settings, dataset):
+    run, report = trained(settings, dataset)
+    with files.publish(run.ref.adapter_uri) as folder:
+        (folder / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin unpickles on loading"):
+        registry.register(run, report)
+    assert registry.versions("shop") == []
 
 
 def test_mlflow_shows_the_lineage(settings, dataset):

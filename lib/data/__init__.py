@@ -5,4 +5,5 @@ build     the dataset, published whole; the two passes and the shuffle between t
 sources, readers, blocks      URIs → files → rows → blocks of rows
 label, dedup, split           what happens to the rows of a block; none of them knows Ray
 shards                        rows → tokens → Parquet
+scoring   files → answers of a registered model (`jobs.score`), through the same readers
 """

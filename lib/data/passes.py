@@ -77,7 +77,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
     The hashes are a dataset of packed HASH_COLUMNS that lies in the object store while it is referred to.
     """
     hashes = (
-        _read(reading, "scan")
+        packed_blocks(reading, "scan")
         .map_batches(
             scan_block,
             fn_kwargs={
@@ -91,7 +91,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
         )
         .materialize()
     )
-    found = _rows(hashes.select_columns(["fragment", "number", "problem", "counts"]))
+    found = rows_of(hashes.select_columns(["fragment", "number", "problem", "counts"]))
     scanned = Scanned()
     for row in sorted(found, key=lambda r: (r["fragment"], r["number"])):
         counts = json.loads(row["counts"])
@@ -131,7 +131,7 @@ def write(
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
     first_shards = np.cumsum([0] + [scanned.blocks[i] for i in range(len(reading.fragments()))]).tolist()
-    counts = _read(reading, "write").map_batches(
+    counts = packed_blocks(reading, "write").map_batches(
         write_block,
         fn_kwargs={
             "reading": reading,
@@ -146,7 +146,7 @@ def write(
     )
     written = Written()
     said = time.monotonic()
-    for row in _rows(counts):
+    for row in rows_of(counts):
         block = json.loads(row["counts"])
         if refused := block.get("refused"):
             found = (int(refused[0]), str(refused[1]))
@@ -168,7 +168,7 @@ def _partitions(reading: Reading) -> int:
     return dedup.partitions(sum(file.size for file in reading.files))
 
 
-def _read(reading: Reading, name: str) -> ray.data.Dataset:
+def packed_blocks(reading: Reading, name: str) -> ray.data.Dataset:
     """A dataset of blocks, each packed into one row."""
     fragments = [
         {"fragment": i, "start": start, "end": end} for i, (start, end) in enumerate(reading.fragments())
@@ -215,7 +215,7 @@ def _parallel_tasks() -> int:
     return max(1, min(logical, os.cpu_count() or 1) if len(nodes) == 1 else logical)
 
 
-def _rows(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
+def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield from batch.to_pylist()
 

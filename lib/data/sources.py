@@ -76,12 +76,12 @@ def display(uri: str) -> str:
 
 
 def find_files(
-    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "source"
+    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "data.source"
 ) -> list[SourceFile]:
     """The files of all sources: sources in the given order, the files of each sorted by path.
 
     `kind` is the format of all files, or `auto` to go by their endings; `split` is where their rows belong;
-    `key` of the `data` section named them.
+    `key` of the configuration named them.
 
     Raises ConfigError for a source that names nothing or an ending that names no format, DataError for a
     file that is not what its ending says, StorageError for a URI that cannot be reached.
@@ -99,15 +99,15 @@ def _files_of(source: str, kind: str, split: str | None, key: str) -> list[Sourc
         source_uri = str(sample_path(source, "data")) if is_sample(source) else source
     uris = storage.find(source_uri)
     if not uris:
-        raise ConfigError(f"data.{key}: {_why_nothing(source)}")
+        raise ConfigError(f"{key}: {_why_nothing(source)}")
     if kind == "auto":
         known = [(uri, found) for uri in uris if (found := file_format(uri))]
     else:
         known = [(uri, (kind, kind != "parquet" and uri.lower().endswith(".gz"))) for uri in uris]
     if not known:
         raise ConfigError(
-            f"data.{key}: cannot tell the format of {display(uris[0])} from its ending; "
-            f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set data.format"
+            f"{key}: cannot tell the format of {display(uris[0])} from its ending; "
+            f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set {key.partition('.')[0]}.format"
         )
     names = [source if is_sample(source) and len(known) == 1 else display(uri) for uri, _ in known]
     return [
@@ -157,11 +157,13 @@ def _check_content(file: SourceFile) -> None:
         )
 
 
-def check_columns(file: SourceFile, wanted: dict[str, str], present: Sequence[str]) -> None:
+def check_columns(
+    file: SourceFile, wanted: dict[str, str], present: Sequence[str], section: str = "data"
+) -> None:
     """Raise DataError when a column of `wanted` (configuration key → column) is not in the file."""
     for key, column in wanted.items():
         if column not in present:
             listed = ", ".join(repr(c) for c in list(present)[:20]) + (", …" if len(present) > 20 else "")
             raise DataError(
-                f"{file.name} has no column {column!r} (data.{key}){nearest(column, present)} (columns: {listed})"
+                f"{file.name} has no column {column!r} ({section}.{key}){nearest(column, present)} (columns: {listed})"
             )

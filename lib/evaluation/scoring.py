@@ -275,8 +275,8 @@ def softmax(logits: Floats) -> Floats:
     return shares
 
 
-def check_resources(workers: int, serving: ServingSettings) -> None:
-    """Ray would wait for ever for an actor that no node can hold."""
+def check_resources(workers: int, serving: ServingSettings, key: str = "evaluation.workers") -> None:
+    """Ray would wait for ever for an actor that no node can hold. `key` of the configuration says how many."""
     import ray
 
     has = ray.cluster_resources()
@@ -284,7 +284,7 @@ def check_resources(workers: int, serving: ServingSettings) -> None:
         if workers * each > has.get(kind, 0):
             raise ResourceError(
                 f"{workers} scoring actor(s) want {workers * each:g} {kind}, and the cluster has"
-                f" {has.get(kind, 0):g}; lower evaluation.workers or serving.{kind.lower()}s_per_replica"
+                f" {has.get(kind, 0):g}; lower {key} or serving.{kind.lower()}s_per_replica"
             )
 
 

@@ -17,12 +17,14 @@ from lib.settings.evaluation import (
 )
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
+from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
     AccessSettings,
     CanarySettings,
     ChatEngineSettings,
     CurationSettings,
     EventSettings,
+    LogSettings,
     ServingSettings,
 )
 from lib.settings.training import (
@@ -51,11 +53,13 @@ __all__ = [
     "HeadSettings",
     "JudgeSettings",
     "Labelled",
+    "LogSettings",
     "ModelSettings",
     "Part",
     "PlanSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "ScoreSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",

@@ -36,6 +36,9 @@ RESERVED_COLUMNS = {
 }
 
 
+Format = Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"]
+
+
 class Columns(Section):
     """Names of the columns in the source. A task reads those that its rows have."""
 
@@ -142,7 +145,7 @@ class DataSettings(Labelled):
     """Where the validation split is given; None takes a share of `source`."""
     test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the test split is given; None takes a share of `source`."""
-    format: Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"] = "auto"
+    format: Format = "auto"
     """Of all files; auto goes by each file's ending."""
     columns: Columns = Columns()
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"

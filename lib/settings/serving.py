@@ -29,10 +29,18 @@ class ChatEngineSettings(Section):
     """Workers that share one replica's layers; on GPUs each takes gpus_per_replica / tensor_parallel of one."""
     max_num_seqs: Positive = 64
     """Sequences that are computed at once."""
+    target_tokens: Positive | None = None
+    """Tokens of prompts and answers in flight that one of several replicas is to have; None: it goes by requests."""
     enforce_eager: bool | None = None
     """Skip graph capture and compilation: a quicker start, slower tokens. None: on a CPU, not on GPUs."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 0
     """How long tokens of a stream are gathered before they are sent; 0 sends each at once."""
+    adapters: list[str] = []
+    """`NAME@champion` or `NAME@VERSION` of models that were trained with LoRA from the same base as `serving.model`: one
+    engine holds the base and serves them all, each under its name, and follows their aliases without a restart."""
+    max_adapters: Positive = 4
+    """Adapters that are computed with at once."""
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     options: dict[str, Any] = {}
     """Any other of vLLM's engine arguments, such as `{enable_auto_tool_choice: true, tool_call_parser: hermes}`."""
     environment: dict[str, str] = {}
@@ -92,6 +100,14 @@ class CanarySettings(Section):
     """Its time over that of the version that answers."""
 
 
+class LogSettings(Section):
+    """What a replica's log holds (serve/logs.py)."""
+
+    format: Literal["json", "text"] = "json"
+    requests: bool = True
+    """A line for each request: id, route, status, time, model, tokens. Never what was said."""
+
+
 class CurationSettings(Section):
     """Which events and feedback become training rows (`jobs.curate`)."""
 
@@ -115,8 +131,15 @@ class ServingSettings(Section):
     threads: Positive | None = None
     """Threads of one replica's engine; None takes the machine's cores."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: the last replica ends too when nothing is asked for, and the first request after that waits for a new one."""
     max_replicas: Positive = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    """Ongoing and waiting requests of one replica: with more there are soon more replicas, up to `max_replicas`."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    """How long a load must last before there are more replicas, or fewer."""
+    look_back_s: Annotated[float, Field(gt=0)] = 15
+    """Seconds over which the load is averaged."""
     max_ongoing_requests: Positive = 64
     """Requests that a replica works on at once."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = 256
@@ -138,9 +161,26 @@ class ServingSettings(Section):
     canary: CanarySettings | None = None
     """Try a new version on a copy of some requests before it answers; None: it answers as soon as it is loaded. A
     chat model's engine is replaced without a trial."""
+    logs: LogSettings = LogSettings()
+    traces: str | None = None
+    """Of an OpenTelemetry collector, such as http://collector:4318: a span of each request goes there."""
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+
+    @field_validator("traces")
+    @classmethod
+    def _traces(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if url.username or url.password:
+            raise ValueError(
+                "a password has no place here; set OTEL_EXPORTER_OTLP_HEADERS in the environment"
+            )
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ValueError(f"{value!r} is no collector's address; give one such as http://collector:4318")
+        return value
 
     @model_validator(mode="after")
     def _replicas(self) -> ServingSettings:

@@ -13,6 +13,7 @@ from lib.errors import nearest
 from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
 from lib.settings.planning import PlanSettings
+from lib.settings.scoring import ScoreSettings
 from lib.settings.sections import Name, Section
 from lib.settings.serving import CurationSettings, ServingSettings
 from lib.settings.training import ModelSettings, TrainingSettings, TuningSettings
@@ -34,6 +35,7 @@ class Settings(Section):
     plan: PlanSettings = PlanSettings()
     serving: ServingSettings = ServingSettings()
     curation: CurationSettings = CurationSettings()
+    score: ScoreSettings = ScoreSettings()
 
     @field_validator("task")
     @classmethod

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from lib.errors import ConfigError, DataError, nearest
-from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings, task_names
+from lib.settings import (
+    DataSettings,
+    ModelSettings,
+    ScoreSettings,
+    ServingSettings,
+    Settings,
+    task_names,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +57,18 @@ class Prepared:
     """Row → what is wrong with its form."""
     groups: pa.Array | None = None
     """string: rows of one group fall into one split; None where equal texts are the groups."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Rows of a source as what a request asks."""
+
+    rows: pa.Table
+    """What the scores repeat of each row."""
+    inputs: list[Any]
+    """What a request holds for each row; of no meaning for a bad one."""
+    bad: dict[int, str]
+    """Row → why nothing can be asked of it."""
 
 
 class UnencodableError(DataError):
@@ -151,8 +170,36 @@ class Task(Protocol):
         """Rows of a source, under default names of columns, that an event and what was said of it teach
         (`lib.events.read`). A task without it learns nothing from feedback."""
 
+    def input_columns(self, data: DataSettings, present: Collection[str]) -> dict[str, str]:
+        """Name here → column of the source, of those that a request is made of: no label is needed to score.
+
+        A task without it and the next three scores no files.
+        """
+
+    def ask(self, source: dict[str, pa.Array], data: DataSettings) -> Asked:
+        """Those columns, all as strings, → what is asked of the model."""
+
+    def score(
+        self, predictor: Any, inputs: list[Any], settings: ScoreSettings
+    ) -> tuple[pa.Table, dict[int, str]]:
+        """Answers to inputs, a row of columns for each, by the predictor that serves; and why an input was refused.
+        The columns of a refused one are null. The same columns and types whatever the answers are."""
+
+    def tally(self, answers: pa.Table) -> dict[str, dict[str, int]]:
+        """What such answers come to: counts by name, which add up over tables."""
+
     def tell(self, row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
         """The JSON reply to such a request beside the truth, in a line for people."""
+
+
+def served_as(settings: Settings) -> str:
+    """The task whose application answers: that of the models which the configured task exports."""
+    return getattr(load_task(settings.task), "SERVED_AS", settings.task)
+
+
+def scores_files() -> list[str]:
+    """Tasks whose models score files in batch (`jobs.score`)."""
+    return [name for name in task_names() if hasattr(load_task(name), "score")]
 
 
 def judged(name: str) -> Literal["classes", "answers"]:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from lib import chat_templates, dialogues, encoders
@@ -25,10 +27,10 @@ from lib.artifacts import TaskFile
 from lib.chat_templates import load_chat_tokenizer
 from lib.dialogues import MalformedError
 from lib.encoders import IGNORED
-from lib.errors import ConfigError
+from lib.errors import ConfigError, RequestError
 from lib.labels import MISSING
-from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
-from lib.tasks import Prepared, UnencodableError, is_good
+from lib.settings import DataSettings, ModelSettings, ScoreSettings, ServingSettings, Settings
+from lib.tasks import Asked, Prepared, UnencodableError, is_good
 from lib.text import normalise
 
 if TYPE_CHECKING:
@@ -251,6 +253,54 @@ def predict(predictor: Generator, request: Request) -> Response:
             total_tokens=answer.prompt_tokens + answer.completion_tokens,
         ),
     )
+
+
+def input_columns(data: DataSettings, present: Collection[str]) -> dict[str, str]:
+    return dialogues.columns(data, present, dialogues.ASKED)
+
+
+def ask(source: dict[str, pa.Array], data: DataSettings) -> Asked:
+    """Dialogues up to what the user says last; an answer that the source gives to it is not read."""
+    names = list(source)
+    found: list[list[dialogues.Message]] = []
+    bad: dict[int, str] = {}
+    for row, values in enumerate(zip(*(source[name].to_pylist() for name in names), strict=True)):
+        try:
+            found.append(dialogues.question(dict(zip(names, values, strict=True))))
+        except MalformedError as error:
+            found.append([])
+            bad[row] = str(error)
+    return Asked(pa.table({"messages": pa.array(found, MESSAGES)}), list(found), bad)
+
+
+def score(
+    predictor: Generator, inputs: list[list[dialogues.Message]], settings: ScoreSettings
+) -> tuple[pa.Table, dict[int, str]]:
+    """`answer`, `finish_reason`, `prompt_tokens`, `completion_tokens`."""
+    refused: dict[int, str] = {}
+    for row, turns in enumerate(inputs):
+        try:
+            predictor.check(predictor.prompt(turns))
+        except RequestError as error:
+            refused[row] = str(error)
+    fine = [row for row in range(len(inputs)) if row not in refused]
+    answers = predictor.answers([inputs[row] for row in fine], settings.max_tokens, settings.temperature)
+    said = dict(zip(fine, answers, strict=True))
+    rows = [said.get(row) for row in range(len(inputs))]
+    ends = [answer and ("stop" if answer.complete else "length") for answer in rows]
+    columns = {
+        "answer": pa.array([answer and answer.text for answer in rows], pa.string()),
+        "finish_reason": pa.array(ends, pa.string()),
+        "prompt_tokens": pa.array([answer and answer.prompt_tokens for answer in rows], pa.int32()),
+        "completion_tokens": pa.array([answer and answer.completion_tokens for answer in rows], pa.int32()),
+    }
+    return pa.table(columns), refused
+
+
+def tally(answers: pa.Table) -> dict[str, dict[str, int]]:
+    """How answers ended, and tokens."""
+    tokens = {name: int(pc.sum(answers[f"{name}_tokens"]).as_py() or 0) for name in ("prompt", "completion")}
+    return {"finish_reason": dict(Counter(answers["finish_reason"].to_pylist())), "tokens": tokens}
 
 
 def request(row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:

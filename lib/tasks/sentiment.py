@@ -27,8 +27,8 @@ from lib.encoders import IGNORED, base_tokenizer, load_tokenizer, save, softmax
 from lib.errors import ConfigError
 from lib.heads import Head
 from lib.labels import MISSING, UNKNOWN, Mapping
-from lib.settings import DataSettings, ModelSettings, ServingSettings, Settings
-from lib.tasks import Prepared, is_good
+from lib.settings import DataSettings, ModelSettings, ScoreSettings, ServingSettings, Settings
+from lib.tasks import Asked, Prepared, is_good
 from lib.text import is_empty, normalise
 
 if TYPE_CHECKING:
@@ -303,6 +303,39 @@ def answers(predictor: Predictor, logits: np.ndarray, truncated: list[bool]) -> 
         first = said.pop(laid[0].name)
         results.append(Answer(label=first.label, scores=first.scores, truncated=cut, heads=said))
     return results
+
+
+def input_columns(data: DataSettings, present: Collection[str]) -> dict[str, str]:
+    return {"text": data.columns.text}
+
+
+def ask(source: dict[str, pa.Array], data: DataSettings) -> Asked:
+    texts = source["text"]
+    empty = np.flatnonzero(is_empty(normalise(texts))).tolist()
+    return Asked(pa.table({"text": texts}), texts.to_pylist(), dict.fromkeys(empty, "has no text"))
+
+
+def score(
+    predictor: Predictor, inputs: list[str], settings: ScoreSettings
+) -> tuple[pa.Table, dict[int, str]]:
+    """`label`, its `score` and the `scores` of all labels; the same of each other head under `label:HEAD` and so on;
+    `truncated`."""
+    said = predict(predictor, Request.model_construct(inputs=inputs)).results
+    columns: dict[str, pa.Array] = {}
+    for place, head in enumerate(heads.of_model(predictor.info)):
+        choices: list[Choice] = [answer.heads[head.name] if place else answer for answer in said]
+        behind = head.column.removeprefix("label")
+        columns[head.column] = pa.array([choice.label for choice in choices], pa.string())
+        columns[f"score{behind}"] = pa.array([c.scores[c.label] for c in choices], pa.float32())
+        scores = pa.struct([(label, pa.float32()) for label in head.labels])
+        columns[f"scores{behind}"] = pa.array([choice.scores for choice in choices], scores)
+    columns["truncated"] = pa.array([answer.truncated for answer in said], pa.bool_())
+    return pa.table(columns), {}
+
+
+def tally(answers: pa.Table) -> dict[str, dict[str, int]]:
+    """Label → rows, of each head."""
+    return {name: dict(Counter(answers[name].to_pylist())) for name in _label_columns(answers)}
 
 
 def items(rows: pa.Table) -> pa.Table:

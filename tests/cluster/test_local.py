@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -107,7 +108,8 @@ promotion: {{min_gain: 0}}
 serving: {{port: {serving_port}}}
 """
     )
-    ports = {"--port": free_port(), "--dashboard-port": free_port(), "--ui-port": free_port()}
+    options = ("--port", "--dashboard-port", "--ui-port", "--metrics-port")
+    ports = {option: free_port() for option in options}
     made = Copy(folder, ports)
     done = made.module(*made.up)
     assert done.returncode == 0, done.stderr
@@ -121,6 +123,12 @@ def test_up_is_idempotent_and_status_tells(copy: Copy) -> None:
     assert "is up already" in again.stdout
     status = copy.module("cluster.local", "status")
     assert f"127.0.0.1:{copy.ports['--port']}, 8 logical CPUs" in status.stdout
+    metrics = re.search(r"metrics +(http://\S+)", status.stdout)
+    assert metrics
+    deadline = time.monotonic() + 60
+    while b"ray_node_cpu_count{" not in urllib.request.urlopen(metrics[1], timeout=10).read():
+        assert time.monotonic() < deadline
+        time.sleep(1)
 
 
 def test_dashboard_refuses_who_has_no_token(copy: Copy) -> None:

@@ -17,6 +17,7 @@ from lib import keys, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
+from tests.serve.collector import Collector
 
 LABELS = ["negative", "neutral", "positive"]
 
@@ -35,6 +36,8 @@ class Endpoint:
     url: str
     settings: Settings
     key: str
+    collector: Collector | None = None
+    """Where its spans go."""
 
     def post(self, body: bytes | str | dict[str, Any], path: str = "/v1/sentiment", **headers: str) -> Answer:
         data = json.dumps(body) if isinstance(body, dict) else body
@@ -116,8 +119,39 @@ def endpoint(store: Path, ray_cluster: None) -> Iterator[Endpoint]:
 
     from serve.deploy import deploy
 
-    settings = make_settings(
-        model="reviews@1", port=free_port(), max_inputs=8, max_chars=500, max_body_bytes=20_000
-    )
-    yield Endpoint(deploy(settings), settings, key())
-    ray_serve.shutdown()
+    with Collector.running() as collector:
+        settings = make_settings(
+            model="reviews@1",
+            port=free_port(),
+            max_inputs=8,
+            max_chars=500,
+            max_body_bytes=20_000,
+            traces=collector.url,
+        )
+        yield Endpoint(deploy(settings), settings, key(), collector)
+        ray_serve.shutdown()
+
+
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def scraped() -> Samples:
+    """What Prometheus reads from the shared Ray's node: name and labels → value."""
+    import ray
+    from prometheus_client.parser import text_string_to_metric_families
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(url, timeout=30) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+
+def total(samples: Samples, name: str, **labels: str) -> float:
+    """Sum over all samples of a name that have these labels."""
+    wanted = labels.items()
+    return sum(value for (found, has), value in samples.items() if found == name and wanted <= has)

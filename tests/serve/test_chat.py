@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ import pytest
 
 from cluster.local import free_port
 from lib import events, keys, registry, storage, tracking
-from lib.artifacts import ModelRef, TaskFile
+from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
-from tests.serve.conftest import key
+from tests.serve.conftest import key, scraped, total
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -35,8 +36,8 @@ LONG = {"model": NAME, "prompt": "my phone", "max_tokens": 200, "logit_bias": {"
 QUESTION = [{"role": "user", "content": "my phone does not ring"}]
 
 
-def publish_chat(version: int) -> ModelRef:
-    """A model version as `jobs.finetune` exports one: a random Llama, 2 layers, with a byte-level tokeniser."""
+def random_chat(base: Path, seed: int) -> Any:
+    """A random Llama, 2 layers, as a base's directory with a byte-level tokeniser."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -53,7 +54,7 @@ def publish_chat(version: int) -> ModelRef:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
     )
-    set_seed(version)
+    set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(pieces),
         hidden_size=128,
@@ -66,14 +67,43 @@ def publish_chat(version: int) -> ModelRef:
         bos_token_id=0,
         eos_token_id=1,
     )
-    ref = ModelRef(NAME, version)
-    with tempfile.TemporaryDirectory() as base, storage.publish(ref.uri) as folder:
-        fast.save_pretrained(base)
-        info = TaskFile("chat", [], CONTEXT, base, f"{NAME}/0123456789abcdef", chat_template="chatml")
-        chat.save(LlamaForCausalLM(config), Path(base), info, folder)
-        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+    fast.save_pretrained(base)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    return model
+
+
+def publish(ref: ModelRef, model: Any, base: Path, adapter: Path | None = None) -> ModelRef:
+    """A model version as `jobs.promote` registers what `jobs.finetune` exports."""
+    info = TaskFile("chat", [], CONTEXT, str(base), f"{ref.name}/0123456789abcdef", chat_template="chatml")
+    with storage.publish(ref.uri) as folder:
+        chat.save(model, base, info, folder)
+        if adapter is not None:
+            shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): storage.checksum(str(path)) for path in paths}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
+
+
+def publish_chat(version: int) -> ModelRef:
+    with tempfile.TemporaryDirectory() as base:
+        return publish(ModelRef(NAME, version), random_chat(Path(base), version), Path(base))
+
+
+def publish_adapter(name: str, version: int, base: Path) -> ModelRef:
+    """A version that was trained with LoRA: its weights are random, and added to those of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(100 * version + len(name))
+    # Without PEFT's usual start at nothing, so that each version says something else.
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with tempfile.TemporaryDirectory() as adapter:
+        model.save_pretrained(adapter)
+        tracking.client().create_model_version(name, source="run")
+        return publish(ModelRef(name, version), model.merge_and_unload(), base, Path(adapter))
 
 
 def crown(ref: ModelRef) -> None:
@@ -83,12 +113,16 @@ def crown(ref: ModelRef) -> None:
 
 def greedy(ref: ModelRef, tokens: int) -> str:
     """What transformers says to the question with the weights of a version."""
+    folder = Path(ref.uri.removeprefix("file://"))
+    return greedy_of(folder, folder, tokens)
+
+
+def greedy_of(weights: Path, tokenizer_of: Path, tokens: int) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(ref.uri.removeprefix("file://"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     prompt = tokenizer.apply_chat_template(
         QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -367,6 +401,20 @@ def test_more_than_the_queue_holds_is_503(deployed: Deployed) -> None:
         assert answer.json()["error"]["code"] == "overloaded"
 
 
+def test_streams_tell_when_they_began(deployed: Deployed) -> None:
+    labels = {"application": NAME, "route": "/v1/chat/completions"}
+    name = "ray_whorl_time_to_first_token_seconds_count"
+    before = total(scraped(), name, **labels)
+    for _ in range(3):
+        list(deployed.ask(stream=True))
+    deadline = time.monotonic() + 40
+    while total(found := scraped(), name, **labels) < before + 3:
+        assert time.monotonic() < deadline
+        time.sleep(1)
+    assert total(found, "ray_whorl_tokens_total", application=NAME) > 0
+    assert total(found, "ray_whorl_model_info", application=NAME, model=f"{NAME}@1") == 1
+
+
 def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
     with pytest.raises(openai.AuthenticationError):
         replace(deployed, key="none").ask()
@@ -387,3 +435,43 @@ def test_another_champion_is_taken_up(deployed: Deployed) -> None:
     assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
+
+
+def test_adapters_share_an_engine_and_are_followed_without_a_restart(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    from serve.deploy import deploy
+
+    random_chat(tmp_path, 7)
+    for name in ("goods", "tone"):
+        tracking.client().create_registered_model(name)
+    refs = [publish_adapter(*of, tmp_path) for of in (("goods", 1), ("goods", 2), ("tone", 1))]
+    registry.set_alias(refs[0], registry.CHAMPION)
+    engine = {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8, "max_adapter_rank": 8}
+    settings = chat_settings(
+        port=deployed.settings.serving.port,
+        model="goods@champion",
+        chat={**engine, "adapters": ["tone@1"]},
+    )
+    deploy(settings)
+
+    def says(model: str) -> str:
+        answer = deployed.ask(model=model)
+        return str(answer.choices[0].message.content)
+
+    assert says("goods") == says("goods@champion") == greedy(refs[0], 16)
+    assert says("tone") == says("tone@1") == greedy(refs[2], 16)
+    assert says("base") == greedy_of(tmp_path, Path(refs[0].uri.removeprefix("file://")), 16)
+    assert len({says("goods"), says("tone"), says("base")}) == 3
+    with pytest.raises(
+        openai.NotFoundError, match=r"no model 'helper' here .*goods, goods@champion, tone, tone@1, base"
+    ):
+        says("helper")
+    before = {process.pid for process in engine_processes()}
+    registry.set_alias(refs[1], registry.CHAMPION)
+    deadline = time.monotonic() + 30
+    while says("goods") != greedy(refs[1], 16) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert says("goods") == greedy(refs[1], 16)
+    assert deployed.ask(model="goods").model == "goods@2"
+    assert {process.pid for process in engine_processes()} == before

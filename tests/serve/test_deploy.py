@@ -18,9 +18,9 @@ from cluster.local import free_port
 from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
+from lib.registry import parse_reference
 from lib.settings import CanarySettings, ServingSettings
 from serve.deploy import application_config, deploy
-from serve.following import parse_reference
 from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
 pytestmark = pytest.mark.ray
@@ -60,7 +60,8 @@ def replica_processes() -> list[int]:
     from ray import serve as ray_serve
 
     replicas = ray_serve.context._get_global_client().get_serve_details()["applications"]["reviews"]
-    return [replica["pid"] for replica in replicas["deployments"]["Sentiment"]["replicas"]]
+    found = replicas["deployments"]["Sentiment"]["replicas"]
+    return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
 def test_a_new_version_takes_over_under_load_without_a_lost_request(endpoint: Endpoint) -> None:
@@ -122,6 +123,35 @@ def test_a_version_on_trial_takes_over_after_enough_requests(endpoint: Endpoint)
         on_trial(9)
     with pytest.raises(ModelError, match=r"reviews@9 did not pass its trial: .*--serving\.canary null"):
         on_trial(9)
+    move_to(endpoint, 1)
+
+
+def test_replicas_rise_and_fall_with_the_load_without_a_lost_request(endpoint: Endpoint) -> None:
+    chosen = {
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "look_back_s": 2,
+        "cpus_per_replica": 0.5,
+    }
+    serving = endpoint.settings.serving.model_copy(update={"model": "reviews@1", **chosen})
+    deploy(endpoint.settings.model_copy(update={"serving": serving}))
+
+    def reaches(count: int) -> bool:
+        deadline = time.monotonic() + 90
+        while len(replica_processes()) != count and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return len(replica_processes()) == count
+
+    with load(endpoint, 12) as many:
+        assert reaches(2)
+    with load(endpoint, 1) as few:
+        assert reaches(1)
+        after = len(few)
+        while len(few) < after + 20:
+            time.sleep(0.05)
+    assert {status for status, _ in [*many, *few]} == {200}
     move_to(endpoint, 1)
 
 

@@ -1,0 +1,323 @@
+"""Files scored by a registered model, on Ray Data: actors that each hold the predictor which serving uses.
+
+Rows are read as `jobs.preprocess` reads them, in blocks of `score.rows_per_shard`; the actor that scores a block
+writes its shard. Each row of the source is a row of the scores: a bad one has no answer, but says why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import storage, tracking
+from lib.data import blocks, sources
+from lib.data.blocks import Reading
+from lib.data.readers import column_names
+from lib.errors import ConfigError, DataError
+from lib.settings import Settings
+from lib.tasks import Task, load_task, scores_files, served_as
+
+# Part of every fingerprint. Raise it when the same input would give other files.
+FORMAT = 1
+MANIFEST = "manifest.json"
+# Rows that the predictor is given at a time: enough that batches of like lengths can be formed.
+ROWS_AT_ONCE = 512
+BAD_SHOWN = 20
+SAY_SECONDS = 10
+
+OpenModel = Callable[[], AbstractContextManager[Path]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Scores that are to be: what they are made of and where they will lie."""
+
+    settings: Settings
+    task: str
+    """Whose models are scored with: `chat` for `preference`."""
+    model: str
+    """NAME@VERSION."""
+    reading: Reading
+    checksums: tuple[str, ...]
+    """Of the files, in order."""
+    uri: str
+    fingerprint: str
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What lies there already, of the same input and model.
+
+        Raises ConfigError when something else does.
+        """
+        if storage.published(self.uri):
+            found: dict[str, Any] = storage.read_json(storage.join(self.uri, MANIFEST))
+            if found.get("fingerprint") == self.fingerprint:
+                return found
+            raise ConfigError(
+                f"score.output: {sources.display(self.uri)} holds the scores of another input or model "
+                f"({found.get('fingerprint')}); give another folder"
+            )
+        if self.settings.score.output and storage.ls(self.uri):
+            raise ConfigError(
+                f"score.output: {sources.display(self.uri)} holds files already; give a folder that is not there"
+            )
+        return None
+
+
+def plan(settings: Settings, model: str, digest: str) -> Planned:
+    """Look at the source and name the scores, without reading rows or starting Ray.
+
+    `model` is NAME@VERSION, `digest` stands for its files. Raises ConfigError, DataError or StorageError, in one
+    line, for a source that cannot be used.
+    """
+    wanted, task = settings.score, served_as(settings)
+    if task not in scores_files():
+        raise ConfigError(f"task {task} scores no files (those that do: {', '.join(scores_files())})")
+    if not wanted.sources:
+        raise ConfigError("score.source is missing; give --score.source URI")
+    files = sources.find_files(wanted.sources, wanted.format, key="score.source")
+    inputs = load_task(task).input_columns(settings.data, column_names(files[0]))
+    if taken := inputs.keys() & wanted.keep.keys():
+        raise ConfigError(
+            f"score.keep: {taken.pop()!r} is the name of a column of the scores; choose another"
+        )
+    columns = {**inputs, **wanted.keep}
+    keys = {f"columns.{name}": column for name, column in inputs.items()}
+    kept = {f"keep.{name}": column for name, column in wanted.keep.items()}
+    with ThreadPoolExecutor(8) as pool:
+        for file, present in zip(files, pool.map(column_names, files), strict=True):
+            sources.check_columns(file, keys, present)
+            sources.check_columns(file, kept, present, section="score")
+        checksums = tuple(pool.map(storage.checksum, [file.uri for file in files]))
+    identity = {
+        "format": FORMAT,
+        "model": [model, digest],
+        "engine": [
+            settings.serving.engine,
+            settings.serving.precision,
+            settings.serving.gpus_per_replica > 0,
+        ],
+        "sources": [
+            [file.format, file.name, checksum] for file, checksum in zip(files, checksums, strict=True)
+        ],
+        "columns": columns,
+        "score": wanted.model_dump(
+            mode="json", include={"limit", "rows_per_shard", "max_tokens", "temperature"}
+        ),
+    }
+    fingerprint = storage.fingerprint(identity)
+    folder = wanted.output or storage.join(storage.root(), "scores", settings.name, fingerprint)
+    lists = load_task(task).LISTS.intersection(inputs)
+    reading = Reading(tuple(files), columns, lists, wanted.rows_per_shard, wanted.limit)
+    return Planned(settings, task, model, reading, checksums, storage.uri(folder), fingerprint)
+
+
+def run(planned: Planned, open_model: OpenModel, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Score on the connected Ray cluster and publish; the manifest. `open_model` gives a model's local directory
+    and is pickled; `say` gets progress lines.
+
+    Raises DataError, in one line, for what cannot be read or too many bad rows; then nothing is published.
+    """
+    with storage.publish_from_workers(planned.uri) as uri:
+        began = time.monotonic()
+        total = _scored(planned, open_model, uri, say)
+        _check(planned, total, uri)
+        manifest = _manifest(planned, total, time.monotonic() - began)
+        storage.write_json(storage.join(uri, MANIFEST), manifest)
+    return manifest
+
+
+@dataclass
+class Total:
+    """What was scored."""
+
+    rows: int
+    bad: list[tuple[int, str]]
+    """Position of the first bad rows of each block, and what is wrong with them."""
+    bad_rows: int
+    tallies: dict[str, Counter[str]]
+    files: Counter[int]
+    """Index of the file → rows."""
+    shards: list[str]
+    engine: str
+
+
+def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[str], None]) -> Total:
+    import ray.data
+
+    from lib.data.passes import packed_blocks, rows_of
+
+    settings = planned.settings
+    counts = packed_blocks(planned.reading, "score").map_batches(
+        Scorer,
+        fn_constructor_args=(planned, open_model, uri),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=settings.score.workers),
+        num_cpus=settings.serving.cpus_per_replica,
+        num_gpus=settings.serving.gpus_per_replica,
+    )
+    total, said = Total(0, [], 0, {}, Counter(), [], ""), time.monotonic()
+    for row in rows_of(counts):
+        _add(total, json.loads(row["counts"]))
+        if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
+            said = time.monotonic()
+            say(f"scored {total.rows:,} rows")
+    return total
+
+
+def _add(total: Total, block: dict[str, Any]) -> None:
+    if block["problem"]:
+        raise DataError(block["problem"])
+    total.rows += block["rows"]
+    total.bad_rows += block["bad_rows"]
+    total.bad += [(position, why) for position, why in block["bad"]]
+    total.files.update({int(index): rows for index, rows in block["files"].items()})
+    for name, counts in block["tallies"].items():
+        total.tallies.setdefault(name, Counter()).update(counts)
+    total.shards += [block["shard"]] if block["shard"] else []
+    total.engine = block["engine"] or total.engine
+
+
+class Scorer:
+    """An actor of Ray Data: scores blocks and writes their shards."""
+
+    def __init__(self, planned: Planned, open_model: OpenModel, uri: str) -> None:
+        self._planned, self._open_model, self._uri = planned, open_model, uri
+        self._task: Task = load_task(planned.task)
+        self._predictor: Any = None
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        """A packed block → one row `counts`, JSON."""
+        block = blocks.from_row(row, list(self._planned.reading.columns))
+        counts: dict[str, Any] = {
+            "problem": block.problem, "rows": block.rows.num_rows, "bad": [], "bad_rows": 0,
+            "files": {}, "tallies": {}, "shard": None, "engine": None,
+        }  # fmt: skip
+        if block.rows.num_rows:
+            shard = f"part-{block.fragment:05d}-{block.number:05d}.parquet"
+            table = self._answered(block.rows, counts)
+            with storage.open_file(storage.join(self._uri, shard), "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+            counts["shard"] = shard
+        return pa.table({"counts": [json.dumps(counts)]})
+
+    def _answered(self, rows: pa.Table, counts: dict[str, Any]) -> pa.Table:
+        """The block's shard; what it comes to goes into `counts`."""
+        keep, reading = self._planned.settings.score.keep, self._planned.reading
+        inputs = {name: blocks.flat(rows[name]) for name in reading.columns if name not in keep}
+        asked = self._task.ask(inputs, self._planned.settings.data)
+        bad = dict(asked.bad)
+        good = [i for i in range(rows.num_rows) if i not in bad]
+        answers = self._answers([asked.inputs[i] for i in good], good, bad, counts)
+        positions = rows[blocks.POSITION].to_numpy()
+        files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
+        counts["files"] = dict(zip(files.tolist(), file_rows.tolist(), strict=True))
+        counts["bad_rows"] = len(bad)
+        counts["bad"] = [(int(positions[i]), bad[i]) for i in sorted(bad)[:BAD_SHOWN]]
+        numbers = positions & ((1 << blocks.ROW_BITS) - 1)
+        table = pa.table(
+            {
+                "file": pa.array([reading.files[i].name for i in positions >> blocks.ROW_BITS], pa.string()),
+                "row": pa.array(numbers + 1, pa.int64()),
+            }
+            | {name: blocks.flat(rows[name]) for name in keep}
+            | {name: asked.rows[name] for name in asked.rows.column_names}
+        )
+        if taken := keep.keys() & {*asked.rows.column_names, *answers.column_names}:
+            raise ConfigError(
+                f"score.keep: {sorted(taken)[0]!r} is the name of a column of the scores; choose another"
+            )
+        for name in answers.column_names:
+            table = table.append_column(name, answers[name])
+        problems = pa.array([bad.get(i) for i in range(rows.num_rows)], pa.string())
+        return table.append_column("problem", problems)
+
+    def _answers(
+        self, inputs: list[Any], places: list[int], bad: dict[int, str], counts: dict[str, Any]
+    ) -> pa.Table:
+        """Answers in the rows `places`, nulls in all others; rows that the model refuses are added to `bad`."""
+        predictor, settings = self._loaded(), self._planned.settings.score
+        counts["engine"] = getattr(predictor, "encoder", predictor).name
+        tables, fine = [], []
+        for start in range(0, max(len(inputs), 1), ROWS_AT_ONCE):  # once with none, for the columns
+            table, refused = self._task.score(predictor, inputs[start : start + ROWS_AT_ONCE], settings)
+            bad |= {places[start + i]: why for i, why in refused.items()}
+            tables.append(table)
+            fine += [start + i for i in range(len(table)) if i not in refused]
+        answers = pa.concat_tables(tables)
+        counts["tallies"] = self._task.tally(answers.take(pa.array(fine, pa.int64())))
+        index = np.full(max([*places, *bad, -1]) + 1, -1)
+        index[places] = np.arange(len(places))
+        return answers.take(pa.array(index, mask=index < 0))
+
+    def _loaded(self) -> Any:
+        # Loaded here, not above: an error in a call reaches the job as itself, with its one line.
+        if self._predictor is None:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            settings = self._planned.settings
+            # Nobody waits for a single answer, so the engine may take larger batches than when it serves.
+            larger = {"tokens_per_batch": settings.evaluation.tokens_per_batch}
+            with self._open_model() as folder:
+                self._predictor = self._task.load(folder, settings.serving.model_copy(update=larger))
+        return self._predictor
+
+
+def _check(planned: Planned, total: Total, uri: str) -> None:
+    first = planned.reading.files[0].name
+    if not total.rows:
+        raise DataError(f"the source {first} holds no rows")
+    most = planned.settings.score.bad_rows
+    if total.bad_rows > most * total.rows:
+        shown = "; ".join(_bad_shown(planned, total)[:3])
+        raise DataError(
+            f"{total.bad_rows:,} of {total.rows:,} rows cannot be scored, more than score.bad_rows allows ({most:g}): "
+            f"{shown}"
+        )
+    # Workers on other machines write to their own disk when the folder is a plain local path.
+    if set(total.shards) - set(storage.ls(uri)):
+        raise DataError(
+            f"{sources.display(uri)} lacks shards that workers wrote; it must be a place that all machines of the "
+            "cluster share"
+        )
+
+
+def _bad_shown(planned: Planned, total: Total) -> list[str]:
+    return [f"{planned.reading.place(position)} {why}" for position, why in sorted(total.bad)[:BAD_SHOWN]]
+
+
+def _manifest(planned: Planned, total: Total, seconds: float) -> dict[str, Any]:
+    settings = planned.settings
+    return {
+        "format": FORMAT,
+        "fingerprint": planned.fingerprint,
+        "name": settings.name,
+        "task": planned.task,
+        "model": planned.model,
+        "engine": total.engine,
+        "rows": total.rows,
+        "bad": {"rows": total.bad_rows, "first": _bad_shown(planned, total)},
+        "figures": {name: dict(counts.most_common()) for name, counts in total.tallies.items()},
+        "shards": sorted(total.shards),
+        "sources": [
+            {"uri": file.name, "rows": total.files.get(i, 0), "checksum": checksum}
+            for i, (file, checksum) in enumerate(zip(planned.reading.files, planned.checksums, strict=True))
+        ],
+        "settings": settings.score.model_dump(mode="json", exclude={"source", "output"}),
+        "seconds": round(seconds, 1),
+        "versions": tracking.versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
