@@ -46,6 +46,8 @@ PACKAGES = (
 )
 
 WAIT_S = 10
+POSTGRESQL = ("postgresql", "postgresql+psycopg2", "postgresql+psycopg")
+"""The same database by two drivers, of which the first is installed and is what the bare word means."""
 TABLES_LOCK = 0x77686F726C
 """PostgreSQL's number for the lock under which tables are made."""
 
@@ -61,8 +63,8 @@ def database_url() -> str:
 def checked_url() -> str:
     """The same. Raises StorageError for what is neither SQLite nor PostgreSQL: MLflow would take it for a folder."""
     url = database_url()
-    if not url.startswith(("sqlite:///", "postgresql://", "postgresql+")):
-        kind = url.partition("://")[0] if "://" in url else "no URL"
+    kind = url.partition("://")[0] if "://" in url else "no URL"
+    if not url.startswith("sqlite:///") and kind not in POSTGRESQL:
         raise StorageError(
             f"WHORL_DATABASE is {kind}; it must be sqlite:///path or postgresql://user:password@host/name"
         )

@@ -101,7 +101,7 @@ def test_processes_that_make_the_tables_at_once(either_database: str) -> None:
     ("url", "said"),
     [
         ("postgresql://me:secret@127.0.0.1:1/nothing", "Connection refused"),
-        ("postgresql+nothing://me:secret@127.0.0.1/nothing", "NoSuchModuleError"),
+        ("postgresql+nothing://me:secret@127.0.0.1/nothing", "is postgresql+nothing; it must be"),
         ("postgresql://me:secret@127.0.0.1:port/nothing", "WHORL_DATABASE"),
         ("postgres://me:secret@127.0.0.1/nothing", "is postgres; it must be sqlite:///path or postgresql://"),
         ("mysql://me:secret@127.0.0.1/nothing", "is mysql; it must be"),
