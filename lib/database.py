@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, MetaData, create_engine, event
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from lib import tracking
 from lib.errors import StorageError
@@ -39,7 +39,7 @@ def _engine(url: str) -> Engine:
         # Two processes may make the tables at the same moment.
         with tracking.tables_made_once(url):
             TABLES.create_all(made)
-    except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
+    except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
         shown = tracking.database_url_shown()
         raise StorageError(f"WHORL_DATABASE {shown}: {type(error).__name__}: {error}") from error
     return made

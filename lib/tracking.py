@@ -46,8 +46,8 @@ PACKAGES = (
 )
 
 WAIT_S = 10
-POSTGRESQL = ("postgresql", "postgresql+psycopg2", "postgresql+psycopg")
-"""The same database by two drivers, of which the first is installed and is what the bare word means."""
+POSTGRESQL = ("postgresql", "postgresql+psycopg")
+"""The same: it is the driver that SQLAlchemy takes where none is named."""
 TABLES_LOCK = 0x77686F726C
 """PostgreSQL's number for the lock under which tables are made."""
 
@@ -323,7 +323,10 @@ def database_url_shown() -> str:
     """The database URL without its password, for messages."""
     from sqlalchemy.engine import make_url
 
-    return make_url(database_url()).render_as_string(hide_password=True)
+    try:
+        return make_url(database_url()).render_as_string(hide_password=True)
+    except ValueError:  # what it cannot read may have a password anywhere in it
+        return database_url().partition("://")[0] + "://…"
 
 
 def git_commit() -> str:
