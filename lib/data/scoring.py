@@ -37,6 +37,8 @@ MANIFEST = "manifest.json"
 # Rows that the predictor is given at a time: enough that batches of like lengths can be formed.
 ROWS_AT_ONCE = 512
 BAD_SHOWN = 20
+# Before the names of the columns of `score.keep` on their way, where others have names of their own.
+KEPT = "keep:"
 SAY_SECONDS = 10
 
 OpenModel = Callable[[], AbstractContextManager[Path]]
@@ -94,7 +96,7 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
         raise ConfigError(
             f"score.keep: {taken.pop()!r} is the name of a column of the scores; choose another"
         )
-    columns = {**inputs, **wanted.keep}
+    columns = {**inputs, **{KEPT + name: column for name, column in wanted.keep.items()}}
     keys = {f"columns.{name}": column for name, column in inputs.items()}
     kept = {f"keep.{name}": column for name, column in wanted.keep.items()}
     with ThreadPoolExecutor(8) as pool:
@@ -218,7 +220,7 @@ class Scorer:
     def _answered(self, rows: pa.Table, counts: dict[str, Any]) -> pa.Table:
         """The block's shard; what it comes to goes into `counts`."""
         keep, reading = self._planned.settings.score.keep, self._planned.reading
-        inputs = {name: blocks.flat(rows[name]) for name in reading.columns if name not in keep}
+        inputs = {name: blocks.flat(rows[name]) for name in reading.columns if not name.startswith(KEPT)}
         asked = self._task.ask(inputs, self._planned.settings.data)
         bad = dict(asked.bad)
         good = [i for i in range(rows.num_rows) if i not in bad]
@@ -234,7 +236,7 @@ class Scorer:
                 "file": pa.array([reading.files[i].name for i in positions >> blocks.ROW_BITS], pa.string()),
                 "row": pa.array(numbers + 1, pa.int64()),
             }
-            | {name: blocks.flat(rows[name]) for name in keep}
+            | {name: blocks.flat(rows[KEPT + name]) for name in keep}
             | {name: asked.rows[name] for name in asked.rows.column_names}
         )
         if taken := keep.keys() & {*asked.rows.column_names, *answers.column_names}:
