@@ -72,7 +72,7 @@ def shards(settings: Settings, base: Path, out: Path) -> tuple[list[dict[str, An
         json.loads(scorer(blocks.to_row(block))["counts"][0].as_py())
         for block in blocks.read_blocks(plan.reading, 0, (0, len(plan.reading.files)))
     ]
-    tables = [pq.read_table(out / "scores" / count["shard"]) for count in counts if count["shard"]]
+    tables = [pq.read_table(out / "scores" / count["shard"]) for count in counts]
     return counts, pa.concat_tables(tables)
 
 
