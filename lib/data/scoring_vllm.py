@@ -62,7 +62,10 @@ def answered(planned: Planned, folder: Path, uri: str) -> ray.data.Dataset:
     sampling = {"max_tokens": wanted.max_tokens, "temperature": wanted.temperature}
     processor = build_processor(
         config,
-        preprocess=lambda row: {"tokenized_prompt": list(row["prompt"]), "sampling_params": dict(sampling)},
+        preprocess=lambda row: {
+            "tokenized_prompt": [int(token) for token in row["tokens"]],
+            "sampling_params": dict(sampling),
+        },
         postprocess=functools.partial(answer_of, ends=ends_of(folder)),
     )
     asked = (
@@ -129,7 +132,7 @@ def ask_block(row: pa.Table, planned: Planned, folder: str, context: int) -> pa.
             "position": block.rows[blocks.POSITION],
             "kept": pa.array([json.dumps(values) for values in kept], pa.string()),
             "messages": pa.array([json.dumps(turns) for turns in asked.inputs], pa.string()),
-            "prompt": pa.array(prompts, pa.list_(pa.int32())),
+            "tokens": pa.array(prompts, pa.list_(pa.int32())),
             "problem": pa.array([bad.get(i, "") for i in range(size)], pa.string()),
             "answer": pa.array([""] * size, pa.string()),
             "finish_reason": pa.array([""] * size, pa.string()),
@@ -147,7 +150,7 @@ def only(rows: pa.Table, good: bool) -> pa.Table:
     fine = pc.equal(rows["problem"], "")
     if good:
         return rows.filter(fine).drop_columns(list(ANSWERED))
-    return rows.filter(pc.invert(fine)).drop_columns(["prompt"])
+    return rows.filter(pc.invert(fine)).drop_columns(["tokens"])
 
 
 def answer_of(row: dict[str, Any], ends: frozenset[int]) -> dict[str, Any]:

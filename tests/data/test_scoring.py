@@ -15,7 +15,7 @@ import pytest
 from lib import dialogues
 from lib import storage as places
 from lib.artifacts import TaskFile
-from lib.data import blocks, scoring
+from lib.data import blocks, scoring, scoring_vllm
 from lib.errors import ConfigError, DataError
 from lib.settings import Settings
 from lib.tasks import load_task, scores_files
@@ -145,6 +145,46 @@ def test_dialogues_are_answered_and_too_long_ones_refused(tiny_chat_base: Path, 
     assert first["answer"] == second["answer"]
     assert 0 < first["completion_tokens"] <= 5
     assert count["tallies"]["tokens"]["completion"] == 2 * first["completion_tokens"]
+
+
+def test_rows_on_their_way_to_vllm_and_back_are_in_their_places(
+    storage: Path, tiny_chat_base: Path, tmp_path: Path
+) -> None:
+    """What happens before and after the engine, which answers here with what it was asked."""
+    rows = [{"question": text, "id": i} for i, text in enumerate(["soft?", "", "fit " * 300, "bad fit?"])]
+    source = write(tmp_path / "a.jsonl", *rows)
+    plan = planned("chat", source, keep={"number": "id"}, engine="vllm")
+    assert plan.engine == "vllm"
+    (block,) = blocks.read_blocks(plan.reading, 0, (0, 1))
+    asked = scoring_vllm.ask_block(blocks.to_row(block), plan, str(tiny_chat_base), 256)
+    good, bad = scoring_vllm.only(asked, good=True), scoring_vllm.only(asked, good=False)
+    assert [len(good), len(bad)] == [2, 2]
+    ends = scoring_vllm.ends_of(tiny_chat_base)
+    said = [
+        scoring_vllm.answer_of(
+            {**row, "generated_tokens": [*row["tokens"][:3], 2], "generated_text": " yes\n"}
+            | {"num_input_tokens": len(row["tokens"])},
+            ends,
+        )
+        for row in good.to_pylist()
+    ]
+    together = pa.concat_tables([bad, pa.Table.from_pylist(said, bad.schema)])
+    counts = json.loads(
+        scoring_vllm.write_group(together, plan, places.uri(tmp_path / "out"))["counts"][0].as_py()
+    )
+    assert (counts["rows"], counts["bad_rows"], counts["files"]) == (4, 2, {"0": 4})
+    assert counts["tallies"]["finish_reason"] == {"stop": 2}
+    table = pq.read_table(tmp_path / "out" / counts["shard"]).to_pylist()
+    assert [(row["row"], row["number"], row["answer"]) for row in table] == [
+        (1, "0", "yes"),
+        (2, "1", None),
+        (3, "2", None),
+        (4, "3", "yes"),
+    ]
+    assert "asks nothing" in table[1]["problem"]
+    assert "shorten them" in table[2]["problem"]
+    assert table[3]["messages"] == [{"role": "user", "content": "bad fit?"}]
+    assert table[3]["completion_tokens"] == 4
 
 
 def test_a_kept_column_does_not_take_an_answers_place(tiny_base: Path, tmp_path: Path) -> None:
