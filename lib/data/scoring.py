@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 # Part of every fingerprint. Raise it when the same input would give other files.
 FORMAT = 1
-MANIFEST = "manifest.json"
+# Readers of Parquet, ours too, leave out what begins with an underscore.
+MANIFEST = "_manifest.json"
 # Rows that the predictor is given at a time: enough that batches of like lengths can be formed.
 ROWS_AT_ONCE = 512
 BAD_SHOWN = 20

@@ -231,7 +231,7 @@ def test_an_output_that_is_taken_is_told(storage: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"score.output: .*mine holds files already"):
         planned("sentiment", source, output=str(tmp_path / "mine")).manifest()
     with places.publish(str(tmp_path / "other")) as folder:
-        places.write_json(str(folder / "manifest.json"), {"fingerprint": "ffff"})
+        places.write_json(str(folder / "_manifest.json"), {"fingerprint": "ffff"})
     with pytest.raises(ConfigError, match=r"another input or model \(ffff\); give another folder"):
         planned("sentiment", source, output=str(tmp_path / "other")).manifest()
     assert planned("sentiment", source).manifest() is None

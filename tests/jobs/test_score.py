@@ -63,7 +63,7 @@ def test_files_are_scored_once_by_the_champion(
     assert f"{tmp_path / 'in' / 'a.jsonl'} row 8 has no text" in said
 
     out = tmp_path / "out"
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "_manifest.json").read_text())
     assert (manifest["model"], manifest["rows"], manifest["bad"]["rows"]) == ("shop@1", 50, 1)
     assert [(Path(s["uri"]).name, s["rows"]) for s in manifest["sources"]] == [("a.jsonl", 30), ("b.csv", 20)]
     assert sum(manifest["figures"]["label"].values()) == 49
@@ -137,7 +137,7 @@ def test_dialogues_are_answered_by_vllm_as_by_transformers(
         out = tmp_path / engine
         chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
         assert run(score, [*words, *chosen]) == 0
-        manifest = json.loads((out / "manifest.json").read_text())
+        manifest = json.loads((out / "_manifest.json").read_text())
         assert engine.replace("transformers", "torch") in manifest["engine"]
         assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
         found[engine] = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["row"])
