@@ -39,7 +39,7 @@ def score(settings: Settings) -> None:
         connect()
         check_resources(settings.score.workers, settings.serving, "score.workers")
         print(f"scoring {planned.reading.files[0].name} with {ref}", flush=True)
-        manifest = scoring.run(planned, partial(registry.open_version, ref))
+        manifest = scoring.run(planned, partial(registry.open_directory, ref.uri))
     report(planned, manifest)
 
 

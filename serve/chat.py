@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ray
 from fastapi import Depends, FastAPI, Request
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
@@ -33,15 +32,16 @@ from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse, Response
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
-from lib import registry, tracking
+from lib import registry
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
 from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from lib.vllm_engine import engine_arguments, engine_name, environment, on_gpu, worker_bundle
 from serve import logs
 from serve.access import guard
-from serve.adapters import BASE, Adapters, Names, base_of
+from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit, overloaded
 from serve.http import Ready, create_app, error_response, request_id
 from serve.observing import observe
@@ -51,7 +51,6 @@ from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
-CPU_KV_CACHE_GIB = 1.0
 MOST_STOPS, MOST_ANSWERS = 64, 128
 
 
@@ -234,14 +233,6 @@ async def _full(request: Request, error: Exception) -> Response:
     return overloaded()
 
 
-def on_gpu(serving: ServingSettings) -> bool:
-    return serving.gpus_per_replica > 0
-
-
-def engine_name(serving: ServingSettings) -> str:
-    return f"vllm {serving.chat.dtype} on {'GPU' if on_gpu(serving) else 'CPU'}"
-
-
 def references(serving: ServingSettings) -> list[str]:
     """What is served as adapters, the first being `serving.model`."""
     assert serving.model is not None
@@ -262,48 +253,16 @@ def engine_config(
 
     Raises ConfigError for GPUs that cannot be divided among the workers.
     """
-    chat, gpu = serving.chat, on_gpu(serving)
-    bundle: dict[str, float] = {"CPU": serving.cpus_per_replica / chat.tensor_parallel}
-    engine: dict[str, Any] = {
-        "dtype": chat.dtype,
-        "load_format": "safetensors",
-        "use_tqdm_on_load": False,
-        "max_num_seqs": chat.max_num_seqs,
-        "tensor_parallel_size": chat.tensor_parallel,
-        "enforce_eager": not gpu if chat.enforce_eager is None else chat.enforce_eager,
-    }
-    if chat.max_model_len is not None:
-        engine["max_model_len"] = chat.max_model_len
-    if chat.adapters:
-        engine |= {
-            "enable_lora": True,
-            "max_loras": chat.max_adapters,
-            "max_lora_rank": chat.max_adapter_rank,
-            # What the version says of chats holds for the base too: template, end of a turn.
-            "tokenizer": str(folder),
-            "generation_config": str(folder),
-        }
-    kv_cache_gib = chat.kv_cache_gib or (None if gpu else CPU_KV_CACHE_GIB)
-    if kv_cache_gib is not None:
-        engine["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-    if gpu:
-        bundle["GPU"] = serving.gpus_per_replica / chat.tensor_parallel
-        if bundle["GPU"] > 1:
-            raise ConfigError(
-                f"serving.gpus_per_replica {serving.gpus_per_replica:g} for {chat.tensor_parallel} worker(s): "
-                f"each can use one GPU at most; set serving.chat.tensor_parallel {serving.gpus_per_replica:g}"
-            )
-        engine["gpu_memory_utilization"] = chat.gpu_memory
     return LLMConfig(
         model_loading_config={
-            "model_id": BASE if chat.adapters else ref.name,
+            "model_id": BASE if serving.chat.adapters else ref.name,
             "model_source": str(base or folder or ref.name),
         },
-        accelerator_config={"kind": "gpu" if gpu else "cpu"},
-        placement_group_config={"bundle_per_worker": bundle},
-        engine_kwargs=engine | chat.options,
-        experimental_configs={"stream_batching_interval_ms": chat.stream_interval_ms},
-        runtime_env={"env_vars": _environment(serving)},
+        accelerator_config={"kind": "gpu" if on_gpu(serving) else "cpu"},
+        placement_group_config={"bundle_per_worker": worker_bundle(serving)},
+        engine_kwargs=adapter_arguments(serving.chat, folder) | engine_arguments(serving),
+        experimental_configs={"stream_batching_interval_ms": serving.chat.stream_interval_ms},
+        runtime_env={"env_vars": environment(serving)},
         deployment_config={
             **size(serving, chat.target_tokens),
             "max_ongoing_requests": serving.max_ongoing_requests,
@@ -313,21 +272,6 @@ def engine_config(
             "logging_config": logs.config(serving.logs).model_dump(),
         },
     )
-
-
-def _environment(serving: ServingSettings) -> dict[str, str]:
-    given = ray.get_runtime_context().runtime_env.get("env_vars", {}) if ray.is_initialized() else {}
-    found = {
-        **tracking.places(),
-        **given,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    if serving.threads is not None and not on_gpu(serving):
-        # Else vLLM binds threads to all cores but one, which it leaves to its scheduler.
-        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(serving.threads)}
-    return found | serving.chat.environment
 
 
 def application(args: Arguments) -> ray_serve.Application:
