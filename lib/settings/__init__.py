@@ -15,6 +15,7 @@ from lib.settings.evaluation import (
     JudgeSettings,
     PromotionSettings,
 )
+from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
 from lib.settings.serving import (
@@ -46,14 +47,17 @@ __all__ = [
     "Dimension",
     "EvaluationSettings",
     "EventSettings",
+    "GroundingSettings",
     "HeadSettings",
     "JudgeSettings",
+    "KnowledgeSettings",
     "Labelled",
     "ModelSettings",
     "Part",
     "PlanSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "SearchSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",

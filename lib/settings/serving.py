@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     model_validator,
 )
 
+from lib.settings.knowledge import GroundingSettings, named
 from lib.settings.sections import Name, Positive, Section
 
 
@@ -102,6 +104,8 @@ class ServingSettings(Section):
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+    knowledge: Annotated[GroundingSettings | None, BeforeValidator(named)] = None
+    """chat: the index that answers are grounded in, by its name or as a section; None grounds them in nothing."""
 
     @model_validator(mode="after")
     def _replicas(self) -> ServingSettings:

@@ -12,6 +12,7 @@ from pydantic import (
 from lib.errors import nearest
 from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
+from lib.settings.knowledge import KnowledgeSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.sections import Name, Section
 from lib.settings.serving import CurationSettings, ServingSettings
@@ -34,6 +35,7 @@ class Settings(Section):
     plan: PlanSettings = PlanSettings()
     serving: ServingSettings = ServingSettings()
     curation: CurationSettings = CurationSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
 
     @field_validator("task")
     @classmethod
