@@ -32,6 +32,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         "jobs.evaluate",
         "jobs.promote",
         "jobs.curate",
+        "jobs.index",
         "jobs.pipeline",
         "serve.deploy",
     ],
