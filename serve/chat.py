@@ -6,7 +6,8 @@
     client.chat.completions.create(model="support", messages=[{"role": "user", "content": "…"}], stream=True)
 
 Two deployments. `Chat`, the ingress, checks a request and turns every mistake into OpenAI's form of an error;
-`Engine` holds one version's vLLM and its processes. Another champion is another argument of both, so that
+`Engine` holds one version's vLLM and its processes. With `serving.knowledge` the ingress grounds a conversation in an
+index first, and answers bear `citations`: the whole answer, or the part of a stream that ends it. Another champion is another argument of both, so that
 `serve.deploy` replaces them, replica by replica: with one, nobody is answered until the new engine has started.
 """
 
@@ -15,6 +16,8 @@ Two deployments. `Chat`, the ingress, checks a request and turns every mistake i
 import asyncio
 import json
 import logging
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from http import HTTPStatus
@@ -25,13 +28,20 @@ from typing import Any
 import ray
 from fastapi import Depends, FastAPI, Request
 from ray import serve as ray_serve
-from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ModelCard,
+    ModelList,
+    OpenAIHTTPException,
+)
+from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from lib import registry, tracking
@@ -41,6 +51,7 @@ from lib.settings import ServingSettings
 from lib.settings.sections import Positive
 from serve.access import guard
 from serve.following import parse_reference
+from serve.grounding import Grounding
 from serve.http import Ready, create_app, error_response, request_id
 from serve.recording import record
 from serve.replica import size
@@ -104,6 +115,8 @@ class Chat(OpenAiIngress):
         self._ref = ref
         self._names = names
         """What a request may call the model; the first is the one that answers bear."""
+        knowledge, length = serving.knowledge, serving.chat.max_model_len
+        self._grounding = Grounding.of(knowledge, ref, length) if knowledge else None
 
     def ready(self) -> Ready:
         # Ray Serve calls the application running when the engine is, and this deployment with it.
@@ -126,6 +139,19 @@ class Chat(OpenAiIngress):
             )
         return self._names[0]
 
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        if self._grounding is not None:
+            body.model = await self._get_model_id(body.model)
+            body = _sanitize_chat_completion_request(body)
+            limit = body.max_completion_tokens or body.max_tokens
+            grounded = await self._grounding.ground(body.messages, limit)
+            if grounded.answer is not None:
+                request.state.model = str(self._ref)
+                return said(grounded.answer, body)
+            body.messages, request.state.citations = grounded.messages, grounded.citations
+        response: Response = await super().chat(body, request)
+        return response
+
     async def _get_response(
         self, *, body: Any, raw_request: Request | None = None, **rest: Any
     ) -> AsyncIterator[Any]:
@@ -144,7 +170,7 @@ class Chat(OpenAiIngress):
                 tokens, is_alone = usage_of(one)
                 state.tokens = tokens or getattr(state, "tokens", 0)
                 if not (is_ours and is_alone):
-                    shown.append(one)
+                    shown.append(with_citations(one, getattr(state, "citations", None)))
             if shown:
                 yield shown if isinstance(part, list) else shown[0]
 
@@ -177,6 +203,41 @@ def usage_of(part: Any) -> tuple[int, bool]:
         return int(found["usage"]["total_tokens"]), not found.get("choices")
     usage = getattr(part, "usage", None)
     return (int(usage.total_tokens), not part.choices) if usage else (0, False)
+
+
+def with_citations(part: Any, citations: list[dict[str, Any]] | None) -> Any:
+    """A part of an answer with `citations`, where it is the whole of it or what ends one of a stream's choices."""
+    if citations is None:
+        return part
+    if not isinstance(part, str):
+        if isinstance(part, ChatCompletionResponse):
+            part.citations = citations
+        return part
+    if not part.startswith("data: {"):
+        return part
+    found = json.loads(part.removeprefix("data: "))
+    if not any(choice.get("finish_reason") for choice in found.get("choices", [])):
+        return part
+    return f"data: {json.dumps(found | {'citations': citations})}\n\n"
+
+
+def said(answer: str, body: ChatCompletionRequest) -> Response:
+    """An answer that no engine gave, in the form that was asked for."""
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    message = {"role": "assistant", "content": answer}
+    if not body.stream:
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        whole = {"object": "chat.completion", "choices": [choice], "usage": usage, "citations": []}
+        return JSONResponse(head | whole)
+    head |= {"object": "chat.completion.chunk"}
+    choices = [{"index": 0, "delta": message, "finish_reason": None}]
+    ends = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    parts = [head | {"choices": choices}, head | {"choices": ends, "citations": []}]
+    if body.stream_options and body.stream_options.include_usage:
+        parts.append(head | {"choices": [], "usage": usage})
+    events = [*(f"data: {json.dumps(part)}\n\n" for part in parts), "data: [DONE]\n\n"]
+    return StreamingResponse(iter(events), media_type="text/event-stream")
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:
