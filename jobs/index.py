@@ -9,6 +9,7 @@ version that is there is not made again. Applications that serve the index take 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Any
 
@@ -47,7 +48,7 @@ def report(planned: Plan, manifest: dict[str, Any], moved: bool) -> None:
     print(f"passages     {manifest['passages']:,}, vectors of {manifest['width']} by {manifest['base']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(
-        f"next         python -m serve.deploy {' '.join(sys.argv[1:])} --serving.knowledge {planned.ref.name}"
+        f"next         python -m serve.deploy {shlex.join(sys.argv[1:])} --serving.knowledge {planned.ref.name}"
     )
 
 

@@ -34,8 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray.serve")
 
 # What a chat template adds to a message, at most: role, marks of its beginning and end.
-MESSAGE_TOKENS = 8
+MESSAGE_TOKENS = 16
 QUESTION_TOKENS_PER_BATCH = 2048
+# More of a question is not looked at; an encoder reads some hundred tokens.
+QUESTION_CHARS = 4000
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ class Grounding:
         hits = await self._knowledge.search(questions)
         if not hits:
             return Grounded(with_system(messages, self._settings.nothing_found), [], self._settings.unknown)
-        chosen = self._fitting(hits, messages, answer_tokens)
+        # Long conversations take long to count, and others wait for this thread.
+        chosen = await asyncio.to_thread(self._fitting, hits, messages, answer_tokens)
         passages = "\n\n".join(numbered(i, hit) for i, hit in enumerate(chosen, 1))
         told = with_system(messages, f"{self._settings.instructions}\n\n{passages}")
         return Grounded(told, [cited(i, hit) for i, hit in enumerate(chosen, 1)])
@@ -194,7 +197,8 @@ def questions_of(messages: Sequence[dict[str, Any]]) -> list[str]:
     first, so that an encoder which cuts long texts cuts the oldest. None when the user says nothing."""
     turns = [text_of(message) for message in messages if message.get("role") == "user"]
     said = [turn for turn in reversed(turns) if turn.strip()]
-    return [] if not said else said if len(said) == 1 else [said[0], "\n".join(said)]
+    ways = [] if not said else said if len(said) == 1 else [said[0], "\n".join(said)]
+    return [way[:QUESTION_CHARS] for way in ways]
 
 
 def text_of(message: dict[str, Any]) -> str:

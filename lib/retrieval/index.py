@@ -64,7 +64,9 @@ def write_table(folder: Path, tables: Iterator[pa.Table], language: str) -> tupl
     table = lancedb.connect(str(folder)).create_table(
         TABLE, data=pa.RecordBatchReader.from_batches(schema, batches)
     )
-    rows = int(table.count_rows())
+    rows, width = int(table.count_rows()), schema.field("vector").type.list_size
+    if not rows:
+        return rows, width
     try:
         table.create_index("searched", config=FTS(language=language))
     except (ValueError, RuntimeError) as error:
@@ -75,7 +77,7 @@ def write_table(folder: Path, tables: Iterator[pa.Table], language: str) -> tupl
         ) from error
     if rows >= VECTOR_INDEX_ROWS:
         table.create_index("vector", config=IvfPq(distance_type="cosine"))
-    return rows, schema.field("vector").type.list_size
+    return rows, width
 
 
 class Index:

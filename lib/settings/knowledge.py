@@ -13,7 +13,8 @@ INSTRUCTIONS = (
     "numbers in brackets, such as [1]. If they do not answer the question, say that you do not know."
 )
 NOTHING_FOUND = (
-    "Nothing that you know of answers the question. Say that you do not know, and do not guess an answer."
+    "The knowledge base says nothing of what the user said last. If it is a question, say that you do not know, and do "
+    "not guess an answer."
 )
 
 

@@ -54,6 +54,10 @@ def test_documents_become_an_index_and_only_what_changed_is_made_again(
     assert "wrong.txt, byte 1 (0xff) is not valid UTF-8" in error
     assert list((tmp_path / "whorl" / "indexes" / "shop").iterdir()) == []
 
+    only = ["--knowledge.source", str(tmp_path / "help" / "wrong.txt"), "--knowledge.max_unreadable", "1"]
+    assert run(index, words + only) == 2
+    assert "no document holds text: " in capsys.readouterr().err
+
     words += ["--knowledge.max_unreadable", "0.3"]
     assert run(index, words) == 0
     said = capsys.readouterr().out

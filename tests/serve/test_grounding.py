@@ -9,17 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from tokenizers import Tokenizer
 
 from lib import storage as files
 from lib.artifacts import IndexRef
 from lib.errors import RegistryError, RequestError
-from lib.retrieval.embedding import Embedder
-from lib.retrieval.index import PASSAGE, make_current, with_vectors, write_table
-from lib.settings import GroundingSettings, ServingSettings
+from lib.retrieval.index import make_current
+from lib.settings import GroundingSettings
 from serve.grounding import Grounding, Knowledge, questions_of, with_system
+from tests.serve.conftest import publish_index
 
 PASSAGES = {
     "Sizes": "the size fits a dress",
@@ -33,23 +32,6 @@ def user(said: Any) -> dict[str, Any]:
     return {"role": "user", "content": said}
 
 
-def publish(base: Path, passages: dict[str, str], fingerprint: str) -> IndexRef:
-    """An index whose vectors are the tiny encoder's."""
-    rows = [
-        {"id": i, "uri": f"file:///srv/{title}.md", "source": f"{title}.md", "title": title, "headings": [],
-         "place": "paragraph 1", "text": text, "searched": text, "tokens": 9}
-        for i, (title, text) in enumerate(passages.items())
-    ]  # fmt: skip
-    ref = IndexRef("shop", fingerprint)
-    vectors = Embedder(str(base), ServingSettings(threads=1)).vectors(list(passages.values()))
-    with files.publish(ref.uri) as folder:
-        write_table(folder, iter([with_vectors(pa.Table.from_pylist(rows, PASSAGE), vectors)]), "English")
-        manifest = {"base": str(base), "encoder": "tiny", "query_prefix": "", "passages": len(rows)}
-        files.write_json(str(folder / "manifest.json"), manifest)
-    make_current(ref, keep=3)
-    return ref
-
-
 @pytest.fixture
 def tokenizer(tiny_chat_base: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny_chat_base / "tokenizer.json"))
@@ -57,7 +39,7 @@ def tokenizer(tiny_chat_base: Path) -> Tokenizer:
 
 @pytest.fixture
 def knowledge(storage: Path, tiny_base: Path) -> Iterator[Knowledge]:
-    publish(tiny_base, PASSAGES, "a")
+    publish_index(tiny_base, PASSAGES, "a")
     opened = Knowledge(settings())
     yield opened
     opened.close()
@@ -131,11 +113,11 @@ def test_passages_keep_to_the_context(tiny_base: Path, knowledge: Knowledge, tok
 
     assert number(1000) == 3
     assert number(1000, passage_tokens=40) < 3
-    sizes = [number(context) for context in range(68, 140, 4)]
+    sizes = [number(context) for context in range(84, 160, 4)]
     assert sizes == sorted(sizes)
     assert {1, 2, 3} <= set(sizes)
-    assert number(140, tokens=60) < number(140, tokens=20)
-    with pytest.raises(RequestError, match="leaves [0-9] of 48 tokens for passages") as refused:
+    assert number(156, tokens=100) < number(156, tokens=20)
+    with pytest.raises(RequestError, match=r"leaves [0-9] of 48 tokens for passages") as refused:
         number(48)
     assert refused.value.code == "context_length_exceeded"
 
@@ -145,7 +127,7 @@ def test_a_new_version_is_taken_up_and_a_broken_one_is_not(
 ) -> None:
     grounding = Grounding(knowledge, settings(), tokenizer, 1000)
     assert ground(grounding, user("love the shirt")).citations == []
-    ref = publish(tiny_base, {"Shirts": "love the shirt"}, "b")
+    ref = publish_index(tiny_base, {"Shirts": "love the shirt"}, "b")
     wait_until(lambda: knowledge.version == ref)
     assert ground(grounding, user("love the shirt")).citations[0]["title"] == "Shirts"
     broken = IndexRef("shop", "c")
@@ -155,7 +137,7 @@ def test_a_new_version_is_taken_up_and_a_broken_one_is_not(
     time.sleep(0.3)
     assert knowledge.version == ref
     assert ground(grounding, user("love the shirt")).citations[0]["title"] == "Shirts"
-    mended = publish(tiny_base, PASSAGES, "d")
+    mended = publish_index(tiny_base, PASSAGES, "d")
     wait_until(lambda: knowledge.version == mended)
 
 
