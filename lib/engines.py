@@ -22,6 +22,7 @@ import contextlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 logger = logging.getLogger(__name__)
+# OpenVINO's conversion reports to its makers, from a process that it forks; where this package cannot be imported it
+# has a stub in its place. Nothing of a company's models is told to anybody.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C], or [B, T, C], or vectors [B, D]."""

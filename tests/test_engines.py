@@ -143,3 +143,11 @@ def test_a_pooling_that_is_not_known_is_refused(tiny_base: Path, tmp_path: Path)
     storage.write_json(str(folder / "1_Pooling" / "config.json"), {"pooling_mode_max_tokens": True})
     with pytest.raises(ModelError, match="asks for pooling_mode_max_tokens; known are"):
         load_sentence_encoder(folder, ServingSettings())
+
+
+def test_openvino_reports_to_nobody(classifier: Path) -> None:
+    load_encoder(classifier, ServingSettings(engine="openvino"))
+    from openvino.tools.ovc import convert_impl, telemetry_utils
+
+    for module in (convert_impl, telemetry_utils):
+        assert module.tm.__name__ == "openvino.tools.ovc.telemetry_stub"
