@@ -58,6 +58,9 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if _has_haproxy() else "0",
         # Its log files have it all; on stderr, a line for each request would reach every driver.
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.headers:middlewares",
+        # A client that sends nothing for so long is let go: an hour, by default. Whoever waits for an answer is not.
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         "VLLM_LOGGING_LEVEL": "ERROR",
         # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),

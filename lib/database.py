@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Engine, MetaData, create_engine, event
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from lib import tracking
 from lib.errors import StorageError
 
 TABLES = MetaData()
 """Every module that keeps rows adds its tables when it is imported."""
-WAIT_SECONDS = 10
-"""How long SQLite waits for another process that writes."""
 
 
 def engine(url: str | None = None) -> Engine:
@@ -26,7 +24,7 @@ def engine(url: str | None = None) -> Engine:
 
     One for each URL and process. Raises StorageError when it cannot be opened.
     """
-    return _engine(url or tracking.database_url())
+    return _engine(url or tracking.checked_url())
 
 
 @functools.lru_cache(maxsize=8)
@@ -34,14 +32,14 @@ def _engine(url: str) -> Engine:
     try:
         if url.startswith("sqlite:///"):
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            made = create_engine(url, connect_args={"timeout": WAIT_SECONDS})
+            made = create_engine(url, connect_args=tracking.patience(url))
             event.listen(made, "connect", _shared)
         else:
-            made = create_engine(url, pool_pre_ping=True)
+            made = create_engine(url, pool_pre_ping=True, connect_args=tracking.patience(url))
         # Two processes may make the tables at the same moment.
         with tracking.tables_made_once(url):
             TABLES.create_all(made)
-    except (SQLAlchemyError, ArgumentError, OSError, ImportError) as error:
+    except (SQLAlchemyError, OSError, ImportError, ValueError) as error:
         shown = tracking.database_url_shown()
         raise StorageError(f"WHORL_DATABASE {shown}: {type(error).__name__}: {error}") from error
     return made

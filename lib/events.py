@@ -118,9 +118,13 @@ def say(feedback: Feedback, application: str) -> None:
     """Keep what was said of an answer of `application`. Raises UnknownRequestError for a request id that none of its
     events has, StorageError when the database is away."""
     engine = database.engine()
-    values = asdict(feedback)
+    # To PostgreSQL a NUL is no text.
+    values = {
+        name: value.replace("\0", "\ufffd") if isinstance(value, str) else value
+        for name, value in asdict(feedback).items()
+    }
     said = {name: value for name, value in values.items() if value is not None and name != "id"}
-    meant = select(EVENTS.c.id).where(EVENTS.c.id == feedback.id, EVENTS.c.application == application)
+    meant = select(EVENTS.c.id).where(EVENTS.c.id == values["id"], EVENTS.c.application == application)
     try:
         with engine.begin() as connection:
             if connection.execute(meant).first() is None:

@@ -21,13 +21,14 @@ from lib.errors import ConfigError, RegistryError
 PREFIX = "whorl_"
 ALL = "*"
 """The scope that holds every application."""
+NAME, SCOPES = 100, 1000
 KEYS = Table(
     "whorl_keys",
     database.TABLES,
     Column("id", String(12), primary_key=True),
     Column("sha256", String(64), nullable=False, unique=True),
-    Column("name", String(100), nullable=False),
-    Column("scopes", String(1000), nullable=False),
+    Column("name", String(NAME), nullable=False),
+    Column("scopes", String(SCOPES), nullable=False),
     Column("requests_per_minute", Integer),
     Column("tokens_per_minute", Integer),
     Column("created", Float, nullable=False),
@@ -73,6 +74,9 @@ def create(
         raise ConfigError("--name is empty; say whose key it is")
     if not scopes:
         raise ConfigError(f"--scopes is empty; name applications, such as support,reviews, or {ALL} for all")
+    for option, text, most in (("name", name.strip(), NAME), ("scopes", " ".join(scopes), SCOPES)):
+        if len(text) > most:
+            raise ConfigError(f"--{option} has {len(text):,} characters; at most {most:,} are kept")
     given = (
         ("requests-per-minute", requests_per_minute),
         ("tokens-per-minute", tokens_per_minute),

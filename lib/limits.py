@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 WINDOW_S = 60.0
+TOLERANCE_S = 1e-6
+"""Of times: what a clock since 1970 resolves as a float."""
 # Names whose limits are whole again are dropped when there are this many.
 SWEEP_AT = 10_000
 
@@ -54,7 +56,7 @@ class Buckets:
             wait = self._whole(charge.name, now) + cost - (now + WINDOW_S)
             if charge.cost == 0:
                 wait += WINDOW_S / charge.per_minute  # a unit must be there
-            if wait > 1e-9:
+            if wait > TOLERANCE_S:
                 return Verdict(False, wait, charge.name, self._remaining(charges, now))
         self.charge(charges, now)
         return Verdict(True, remaining=self._remaining(charges, now))
@@ -73,6 +75,11 @@ class Buckets:
 
     def _remaining(self, charges: Sequence[Charge], now: float) -> tuple[int, ...]:
         return tuple(
-            max(0, math.floor((now + WINDOW_S - self._whole(c.name, now)) * c.per_minute / WINDOW_S + 1e-6))
+            max(
+                0,
+                math.floor(
+                    (now + WINDOW_S - self._whole(c.name, now)) * c.per_minute / WINDOW_S + TOLERANCE_S
+                ),
+            )
             for c in charges
         )

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lib import storage, tracking
-from lib.artifacts import PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
+from lib import champions, storage, tracking
+from lib.artifacts import ADAPTER_FOLDER, PICKLES, EvalReport, ModelRef, TaskFile, check_model_directory
 from lib.direction import gain, lower_is_better
 from lib.errors import ConfigError, ModelError, RegistryError, nearest
 from lib.settings import PromotionSettings
@@ -127,6 +127,12 @@ def register(run: tracking.Run, report: EvalReport) -> ModelRef:
                 shutil.copytree(
                     folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(storage.COMPLETE)
                 )
+                if storage.published(run.ref.adapter_uri):
+                    with storage.local_copy(run.ref.adapter_uri) as adapter:
+                        check_safe(adapter, is_model=False)
+                        shutil.copytree(
+                            adapter, scratch / ADAPTER_FOLDER, ignore=shutil.ignore_patterns(storage.COMPLETE)
+                        )
                 version = {
                     "format": 1,
                     "name": name,
@@ -187,15 +193,35 @@ def set_alias(ref: ModelRef, alias: str) -> None:
     tracking.client().set_registered_model_alias(ref.name, alias, str(ref.version))
 
 
-def crown(ref: ModelRef, instead_of: ModelRef | None) -> bool:
+def crown(ref: ModelRef, instead_of: ModelRef | None, why: str = "promoted") -> bool:
     """Make a version champion instead of the one that it was compared with.
 
     False, and nothing done, when the champion is another by now: the comparison is out of date.
     """
+    number = champions.latest(ref.name) + 1
     if champion(ref.name) != instead_of:
+        return False
+    if not champions.record(ref.name, number, ref.version, instead_of.version if instead_of else None, why):
         return False
     set_alias(ref, CHAMPION)
     return True
+
+
+def roll_back(name: str, why: str) -> tuple[ModelRef, ModelRef]:
+    """Make the version champion that was it before the present one: which went, and which came.
+
+    Done again, it goes back one more. Raises RegistryError when there is no champion, none before it is known, or
+    another change came in between.
+    """
+    present = resolve(name, CHAMPION)
+    number = champions.before(name, present.version)
+    if number is None:
+        raise RegistryError(f"{present} has no champion before it; promote another version instead")
+    ref = resolve(name, str(number))
+    if not crown(ref, present, champions.ROLLBACK + why):
+        raise RegistryError(f"the champion of {name} changed meanwhile; look at it, and roll back again")
+    note(present, rolled_back=why)
+    return present, ref
 
 
 def describe(ref: ModelRef) -> dict[str, Any]:
@@ -243,12 +269,14 @@ def verify(folder: Path) -> None:
             )
 
 
-def check_safe(folder: Path) -> None:
+def check_safe(folder: Path, is_model: bool = True) -> None:
     """Refuse a directory that could not be served, or that holds anything which unpickles on loading.
 
-    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file.
+    Raises ModelError for an absent directory, absent or broken safetensors weights, any pickled file. An adapter's
+    directory is no model's, and checked for all but being one.
     """
-    check_model_directory(folder)
+    if is_model:
+        check_model_directory(folder)
     from safetensors import SafetensorError, safe_open
 
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):

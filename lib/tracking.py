@@ -45,6 +45,12 @@ PACKAGES = (
     "mlflow",
 )
 
+WAIT_S = 10
+POSTGRESQL = ("postgresql", "postgresql+psycopg")
+"""The same: it is the driver that SQLAlchemy takes where none is named."""
+TABLES_LOCK = 0x77686F726C
+"""PostgreSQL's number for the lock under which tables are made."""
+
 
 def database_url() -> str:
     """SQLAlchemy URL of the database that holds runs and the model registry."""
@@ -52,6 +58,17 @@ def database_url() -> str:
     if url:
         return url
     return f"sqlite:///{storage.PROJECT / '.whorl' / 'whorl.db'}"
+
+
+def checked_url() -> str:
+    """The same. Raises StorageError for what is neither SQLite nor PostgreSQL: MLflow would take it for a folder."""
+    url = database_url()
+    kind = url.partition("://")[0] if "://" in url else "no URL"
+    if not url.startswith("sqlite:///") and kind not in POSTGRESQL:
+        raise StorageError(
+            f"WHORL_DATABASE is {kind}; it must be sqlite:///path or postgresql://user:password@host/name"
+        )
+    return url
 
 
 def places() -> dict[str, str]:
@@ -66,11 +83,7 @@ def client() -> MlflowClient:
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # read when mlflow is imported
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    url = database_url()
-    if "://" not in url:  # MLflow would take it for a folder of files
-        raise StorageError(
-            "WHORL_DATABASE is not a URL such as sqlite:///path or postgresql://user@host/name"
-        )
+    url = checked_url()
     if url.startswith("sqlite:///"):
         try:
             Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
@@ -92,17 +105,30 @@ def client() -> MlflowClient:
 
 @contextmanager
 def tables_made_once(url: str) -> Iterator[None]:
-    """Let one process at a time open an SQLite database.
+    """Let one process at a time open a database.
 
     The first to open it makes MLflow's tables by some forty migrations; two processes that do so at the
     same moment both fail ("duplicate column name") and leave a database that neither can use.
     """
-    if not url.startswith("sqlite:///"):
-        yield
+    if url.startswith("sqlite:///"):
+        with open(url.removeprefix("sqlite:///") + ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
         return
-    with open(url.removeprefix("sqlite:///") + ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    from sqlalchemy import NullPool, create_engine, func, select
+
+    with create_engine(url, poolclass=NullPool, connect_args=patience(url)).connect() as connection:
+        # Held by this connection, and let go with it, also where its process is killed.
+        connection.execute(select(func.pg_advisory_lock(TABLES_LOCK)))
         yield
+
+
+def patience(url: str) -> dict[str, Any]:
+    """How long a database is waited for, as `connect_args` of SQLAlchemy's `create_engine`."""
+    if url.startswith("sqlite:///"):
+        return {"timeout": WAIT_S}
+    # A host that is gone without a word is noticed as soon, also by a connection that is open.
+    return {"connect_timeout": WAIT_S, "tcp_user_timeout": WAIT_S * 1000, "keepalives_idle": 30}
 
 
 @dataclass(frozen=True)
@@ -297,7 +323,10 @@ def database_url_shown() -> str:
     """The database URL without its password, for messages."""
     from sqlalchemy.engine import make_url
 
-    return make_url(database_url()).render_as_string(hide_password=True)
+    try:
+        return make_url(database_url()).render_as_string(hide_password=True)
+    except ValueError:  # what it cannot read may have a password anywhere in it
+        return database_url().partition("://")[0] + "://…"
 
 
 def git_commit() -> str:

@@ -3,8 +3,7 @@
     Authorization: Bearer whorl_…
 
 Keys are looked up in the database and believed for a while (`serving.access.keys_for_s`), also while the database is
-away (`stale_for_s`). Limits hold over all replicas: one actor of the cluster counts (lib/limits.py). Were it lost,
-each replica would count for itself until Ray has started it anew.
+away (`stale_for_s`). Limits hold over all replicas (serve/limiters.py).
 
 Refusals are OpenAI's: 401 `invalid_api_key`, 403 `not_in_scope`, 429 `rate_limit_exceeded` with Retry-After. What is
 left of a key's limits is told in OpenAI's headers too (x-ratelimit-remaining-requests and their like).
@@ -15,108 +14,26 @@ import logging
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-import ray
 from fastapi import FastAPI
 from ray import serve as ray_serve
-from ray.exceptions import RayError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import keys
 from lib.errors import StorageError
 from lib.keys import Key
-from lib.limits import Buckets, Charge, Verdict
+from lib.limits import Charge, Verdict
 from lib.settings import AccessSettings
 from serve.http import error_response
+from serve.limiters import Limiter, shared
 
 logger = logging.getLogger("ray.serve")
 
 # Health for machines, and what the documentation is read from.
 OPEN = ("/healthz", "/readyz", "/docs", "/openapi.json", "/static-offline-docs")
 KEYS_KEPT = 10_000
-COUNTER = "whorl-limits"
-NAMESPACE = "whorl"
-COUNTER_STARTS_S = 30.0
-COUNTER_WAITS_S = 1.0
-# How long it is not asked again after it did not answer.
-COUNTER_AWAY_S = 5.0
-
-
-class Limiter(Protocol):
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
-        """Take all charges or none."""
-
-    async def charge(self, charges: Sequence[Charge]) -> None:
-        """Take charges that were known only afterwards."""
-
-
-class Counter:
-    """The actor that counts for all replicas of the cluster."""
-
-    def __init__(self) -> None:
-        self._buckets = Buckets()
-
-    def take(self, charges: list[Charge]) -> Verdict:
-        return self._buckets.take(charges, time.monotonic())
-
-    def charge(self, charges: list[Charge]) -> None:
-        self._buckets.charge(charges, time.monotonic())
-
-
-class SharedLimiter:
-    """`Limiter` by the cluster's `Counter`; by this process's own while that does not answer."""
-
-    def __init__(self) -> None:
-        self._own = Buckets()
-        self._counter: Any = None
-        self._has_answered = False
-        self._away_until = 0.0
-
-    async def take(self, charges: Sequence[Charge]) -> Verdict:
-        if time.monotonic() < self._away_until:
-            return self._own.take(charges, time.monotonic())
-        # The first who ask wait until it has started.
-        patience = COUNTER_WAITS_S if self._has_answered else COUNTER_STARTS_S
-        try:
-            verdict: Verdict = await asyncio.wait_for(self._found().take.remote(list(charges)), patience)
-        except (RayError, TimeoutError, ValueError):
-            self._is_away()
-            return self._own.take(charges, time.monotonic())
-        self._has_answered = True
-        return verdict
-
-    async def charge(self, charges: Sequence[Charge]) -> None:
-        if time.monotonic() < self._away_until:
-            self._own.charge(charges, time.monotonic())
-            return
-        try:
-            self._found().charge.remote(list(charges))  # nobody waits for it
-        except (RayError, ValueError):
-            self._is_away()
-            self._own.charge(charges, time.monotonic())
-
-    def _is_away(self) -> None:
-        logger.warning("the counter of limits does not answer; this replica counts for itself for a while")
-        self._counter, self._has_answered = None, False
-        self._away_until = time.monotonic() + COUNTER_AWAY_S
-
-    def _found(self) -> Any:
-        if self._counter is None:
-            self._counter = (
-                ray.remote(Counter)
-                .options(
-                    name=COUNTER,
-                    namespace=NAMESPACE,
-                    lifetime="detached",
-                    get_if_exists=True,
-                    num_cpus=0,
-                    max_restarts=-1,
-                )
-                .remote()
-            )
-        return self._counter
 
 
 class KnownKeys:
@@ -172,7 +89,7 @@ class Access:
         self._app = app
         self._application = application
         self._known = known or KnownKeys(settings)
-        self._limiter = limiter or SharedLimiter()
+        self._limiter = limiter or shared(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or is_open(path_of(scope)):
@@ -230,6 +147,29 @@ def guard(app: FastAPI, settings: AccessSettings) -> None:
     if settings.required:
         name = ray_serve.get_replica_context().app_name
         app.add_middleware(Access, application=name, settings=settings)
+        document(app)
+
+
+def document(app: FastAPI) -> None:
+    """Say in the application's description what a key is needed for."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = plain()
+        schema.setdefault("components", {})["securitySchemes"] = {
+            "key": {
+                "type": "http",
+                "scheme": "bearer",
+                "description": "A key of `python -m serve.keys create`.",
+            }
+        }
+        for path, operations in schema["paths"].items():
+            if not is_open(path):
+                for operation in operations.values():
+                    operation["security"] = [{"key": []}]
+        return schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 def path_of(scope: Scope) -> str:

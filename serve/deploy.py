@@ -4,7 +4,7 @@
 
 The alias (`champion` by default) is resolved here, once, so that every replica serves the same version.
 When only the version differs from what runs, replicas swap it without a restart and without losing a
-request; other changes of `serving` replace replicas one by one. Other applications are left alone.
+request, after a trial beside the one that answers where `serving.canary` asks for it; other changes of `serving` replace replicas one by one. Other applications are left alone.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING, Any
 
-from lib import command, registry, storage, tracking
+from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
-from lib.errors import ModelError, ResourceError
+from lib.errors import ConfigError, ModelError, ResourceError
 from lib.registry import parse_reference
+from lib.retrieval.index import current
 from lib.settings import ServingSettings, Settings
 from lib.tasks import load_task, served_as
 
@@ -40,6 +41,7 @@ def deploy(settings: Settings) -> str:
     """
     ref = registry.resolve(*parse_reference(_reference(settings)))
     _check_task(ref, settings)
+    _check_knowledge(settings)
     if not (os.environ.get("RAY_ADDRESS") or command.running_cluster() or _connected()):
         raise ResourceError("no cluster is up to deploy to; python -m cluster.local up starts one")
     command.connect()
@@ -51,14 +53,14 @@ def deploy(settings: Settings) -> str:
     return url
 
 
-def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
-    """The application as `serve deploy` would read it from a file.
+def application_config(settings: Settings, ref: ModelRef, instead_of: str | None = None) -> dict[str, Any]:
+    """The application as `serve deploy` would read it from a file; `instead_of` answers while `ref` is on trial.
 
     The version is in `user_config` alone, what Ray Serve changes without restarting replicas; or, for a task
     that starts its engine anew, in the arguments.
     """
     # Where it listens is Ray Serve's matter, not the replica's: a change of these restarts nothing.
-    elsewhere = {"model", "host", "port", "route_prefix", "request_timeout_s", "start_timeout_s"}
+    elsewhere = {"model", "host", "port", "route_prefix", "start_timeout_s"}
     arguments = settings.serving.model_dump(mode="json", exclude=elsewhere)
     application: dict[str, Any] = {
         "name": settings.name,
@@ -68,11 +70,12 @@ def application_config(settings: Settings, ref: ModelRef) -> dict[str, Any]:
         "args": arguments,
     }
     if served_as(settings) in STARTED_ANEW:
-        arguments |= {"model": _reference(settings), "version": ref.version}
+        arguments["model"] = _reference(settings)
+        # An engine of adapters follows their aliases itself; another version would start it anew.
+        arguments["version"] = None if settings.serving.chat.adapters else ref.version
     else:
-        application["deployments"] = [
-            {"name": served_as(settings).capitalize(), "user_config": {"model": str(ref)}}
-        ]
+        follows = {"model": str(ref)} | ({"instead_of": instead_of} if instead_of else {})
+        application["deployments"] = [{"name": served_as(settings).capitalize(), "user_config": follows}]
     return application
 
 
@@ -92,6 +95,15 @@ def _check_task(ref: ModelRef, settings: Settings) -> None:
         raise ModelError(
             f"{ref} is a {task} model, but task is {settings.task}; choose another serving.model"
         )
+
+
+def _check_knowledge(settings: Settings) -> None:
+    knowledge = settings.serving.knowledge
+    if knowledge is None:
+        return
+    if served_as(settings) != "chat":
+        raise ConfigError(f"serving.knowledge: only chat is grounded, not {settings.task}; leave it out")
+    current(knowledge.index)
 
 
 def _connected() -> bool:
@@ -130,7 +142,6 @@ def _start_serve(serving: ServingSettings) -> ServeControllerClient:
         listening = {
             "host": serving.host,
             "port": serving.port,
-            "request_timeout_s": serving.request_timeout_s,
         }
         try:
             ray_serve.start(http_options=listening)
@@ -170,7 +181,7 @@ def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> 
         for name, found in running.items()
         if name != settings.name and found["deployed_app_config"]
     ]
-    ours = application_config(settings, ref)
+    ours = application_config(settings, ref, _instead_of(running.get(settings.name), settings, ref))
     for name, found in running.items():
         if name != settings.name and found["route_prefix"] == ours["route_prefix"]:
             raise ResourceError(
@@ -178,6 +189,32 @@ def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> 
                 f"set serving.route_prefix, such as /{settings.name}"
             )
     client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, ours]}))
+
+
+def _instead_of(app: dict[str, Any] | None, settings: Settings, ref: ModelRef) -> str | None:
+    """The version that answers now, where `ref` is to stand trial beside it.
+
+    Raises ModelError when that trial was lost already.
+    """
+    deployments = app and app["deployed_app_config"] and app["deployed_app_config"].get("deployments")
+    if settings.serving.canary is None or not deployments:
+        return None
+    follows = deployments[0].get("user_config") or {}
+    asked, before = (
+        registry.resolve(*parse_reference(follows[key])) if key in follows else None
+        for key in ("model", "instead_of")
+    )
+    earlier = asked and canary.find(settings.name, asked.version)
+    answering = asked if before is None or (earlier and earlier.passed) else before
+    trial = canary.find(settings.name, ref.version)
+    if answering in (None, ref) or (trial and trial.passed):
+        return None
+    if trial and trial.passed is False:
+        raise ModelError(
+            f"{ref} did not pass its trial: {trial.why}; promote another version, or deploy it without a trial by "
+            "--serving.canary null"
+        )
+    return str(answering)
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -204,6 +241,8 @@ def _wait(client: ServeControllerClient, settings: Settings, ref: ModelRef, url:
         if state == "RUNNING":
             status, answer = _ask(f"{url}/readyz")
             if status == 200 and f"{answer['model']}@{answer['version']}" == str(ref):
+                return
+            if status == 200 and (answer["trial"] or "").startswith(f"{ref}:"):
                 return
             if status == 200 and answer["failed"]:
                 raise ModelError(f"{answer['model']}@{answer['version']} goes on serving: {answer['failed']}")
@@ -239,6 +278,8 @@ def job(settings: Settings) -> None:
     url = deploy(settings)
     _, answer = _ask(f"{url}/readyz")
     print(f"serving {answer['model']}@{answer['version']} ({answer['engine']}) at {url}")
+    if answer["trial"]:
+        print(f"  on trial  {answer['trial']}")
     print(f"  API docs  {url}/docs")
     task = served_as(settings)
     example = load_task(task).Request.model_json_schema()["examples"][0]

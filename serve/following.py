@@ -60,11 +60,26 @@ class Following(Generic[M]):
         Raises ConfigError when the reference is not of the form NAME@VERSION or NAME@ALIAS.
         """
         parse_reference(reference)
+        self.stop()
+        if self._loaded is not None and str(self._loaded.ref) == reference:
+            self.failed = None
+            return
+        if not await self._try(reference):
+            self._retry = asyncio.create_task(self._keep_trying(reference))
+
+    def stop(self) -> None:
+        """Try no more to load what did not load."""
         if self._retry is not None:
             self._retry.cancel()
             self._retry = None
-        if not await self._try(reference):
-            self._retry = asyncio.create_task(self._keep_trying(reference))
+
+    def take(self, loaded: Loaded[M]) -> None:
+        """Serve what is loaded already, from now on."""
+        old, self._loaded, self.failed = self._loaded, loaded, None
+        if old is not None:
+            old.retired = True
+            _close_if_unused(old)
+        logger.info("serving %s", loaded.ref)
 
     @property
     def current(self) -> Loaded[M]:
@@ -100,11 +115,7 @@ class Following(Generic[M]):
             self.failed = str(ours) if ours else f"{reference}: {type(error).__name__}: {error}"
             logger.error("%s", self.failed)
             return False
-        old, self._loaded, self.failed = self._loaded, Loaded(ref, model), None
-        if old is not None:
-            old.retired = True
-            _close_if_unused(old)
-        logger.info("serving %s", ref)
+        self.take(Loaded(ref, model))
         return True
 
     def _fetch(self, reference: str) -> tuple[ModelRef, M]:

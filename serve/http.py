@@ -18,7 +18,6 @@ from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib.errors import RequestError, WhorlError
 
@@ -58,6 +57,8 @@ class Ready(BaseModel):
     engine: str
     failed: str | None = None
     """Why the version that was asked for last is not the one that is served."""
+    trial: str | None = None
+    """How far the trial of a new version is, while there is one."""
 
 
 class Readiness(Protocol):
@@ -65,7 +66,7 @@ class Readiness(Protocol):
         """Raises a WhorlError that says what is missing."""
 
 
-def create_app(title: str, description: str, replica: Readiness, max_body_bytes: int) -> FastAPI:
+def create_app(title: str, description: str, replica: Readiness) -> FastAPI:
     """An application with /healthz, /readyz, /docs and /openapi.json, to which routes are added."""
     # FastAPI's own documentation page loads its scripts from a CDN; this one brings them along.
     app: FastAPI = FastAPIOffline(
@@ -76,9 +77,9 @@ def create_app(title: str, description: str, replica: Readiness, max_body_bytes:
         responses={
             "4XX": {"model": ErrorResponse, "description": "The request is at fault; the reason says how."},
             503: {"model": ErrorResponse, "description": "No model yet, or too many requests; try again."},
+            504: {"model": ErrorResponse, "description": "There was no answer in time."},
         },
     )
-    app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(WhorlError, _whorl_error)
@@ -108,41 +109,6 @@ def request_id(request: Request) -> str:
             code="invalid_request_id",
         )
     return found
-
-
-class BodyLimit:
-    """Refuse a body of more than `max_bytes`, by its declared length or as it arrives."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            await self._refusal()(scope, receive, send)
-            return
-        received = 0
-
-        async def counting() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_bytes:
-                # The one exception that FastAPI lets through while it reads a body.
-                raise HTTPException(413, self._reason())
-            return message
-
-        await self._app(scope, counting, send)
-
-    def _reason(self) -> str:
-        return f"the body is longer than {self._max_bytes:,} bytes; send fewer or shorter inputs"
-
-    def _refusal(self) -> JSONResponse:
-        return error_response(413, self._reason(), code="body_too_large")
 
 
 def error_response(
@@ -183,7 +149,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(error.status_code)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = str(error.detail)
     if error.status_code == 404:
         message = f"no such path: {request.url.path}; /docs lists what there is"

@@ -22,8 +22,6 @@ from lib.events import Event, Feedback, Recorder
 from lib.settings import EventSettings
 
 NOT_RECORDED = ("/v1/feedback", "/v1/models")
-# An answer is in the database a moment after it was sent; feedback may be quicker.
-FEEDBACK_WAITS_S = 3.0
 Words = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
@@ -193,7 +191,7 @@ def record(app: FastAPI, settings: EventSettings) -> None:
             key=key.id if key else None,
             **words,  # type: ignore[arg-type]
         )
-        until = time.monotonic() + FEEDBACK_WAITS_S
+        until = time.monotonic() + settings.feedback_waits_s
         while True:
             try:
                 await asyncio.to_thread(events.say, said, application)

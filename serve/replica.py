@@ -2,6 +2,7 @@
 
 # Without `from __future__ import annotations`: Ray Serve reads the annotations of what inherits this.
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,14 @@ from ray import serve as ray_serve
 from lib.settings import ServingSettings
 from serve import logs, metrics
 from serve.access import guard
+from serve.admission import Places, admit
 from serve.batching import LengthBatcher
 from serve.following import Following
 from serve.http import Ready, create_app, request_id
 from serve.observing import observe
+from serve.probation import Probation
 from serve.recording import record
+from serve.scaling import UNBOUNDED, size
 
 
 class EncoderModel(ABC):
@@ -37,6 +41,10 @@ class EncoderModel(ABC):
     async def answer(self, inputs: list[Any]) -> tuple[list[Any], int]:
         """An answer for each input, in their order, and how many tokens the model read."""
 
+    @abstractmethod
+    def differ(self, one: Any, other: Any) -> tuple[bool, float]:
+        """Whether two answers to one input disagree, and how far they lie apart, from 0 to 1."""
+
     def close(self) -> None:
         self.batcher.close()
 
@@ -52,8 +60,18 @@ class Replica(Generic[M]):
     def __init__(self, serving: ServingSettings, load: Callable[[Path, ServingSettings], M]) -> None:
         self.serving = serving
         self.models: Following[M] = Following(lambda folder: load(folder, serving))
+        self.trial: Probation[M] | None = None
+        if serving.canary is not None:
+            name = ray_serve.get_replica_context().app_name
+            self.trial = Probation(name, serving.canary, lambda folder: load(folder, serving), self.models)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        before = user_config.get("instead_of")
+        if self.trial is not None and before is not None:
+            await self.trial.follow(user_config["model"], before)
+            return
+        if self.trial is not None:
+            self.trial.stop()
         await self.models.follow(user_config["model"])
 
     def ready(self) -> Ready:
@@ -63,12 +81,16 @@ class Replica(Generic[M]):
             version=loaded.ref.version,
             engine=loaded.model.name,
             failed=self.models.failed,
+            trial=self.trial.told if self.trial else None,
         )
 
     async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
         """The answer, the tokens that were read for it, and the version that gave it."""
         with self.models.using() as loaded:
+            began = time.perf_counter()
             results, tokens = await loaded.model.answer(inputs)
+            if self.trial is not None:
+                self.trial.mirror(inputs, results, time.perf_counter() - began)
         response = self.response(
             results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
         )
@@ -79,7 +101,7 @@ def http_api(
     replica: Replica[Any], task: str, summary: str, description: str, request_model: type[BaseModel]
 ) -> FastAPI:
     """The HTTP side of a replica: POST /v1/TASK beside what every application has."""
-    app = create_app(f"Whorl {task}", description, replica, replica.serving.max_body_bytes)
+    app = create_app(f"Whorl {task}", description, replica)
 
     @app.post(f"/v1/{task}", tags=[task], summary=summary, response_model=replica.response)
     async def answer(request: Request, body: request_model) -> Any:  # type: ignore[valid-type]
@@ -88,31 +110,20 @@ def http_api(
         response, state.tokens, state.model = await replica.respond(inputs, identity)
         return response
 
-    record(app, replica.serving.events)
-    guard(app, replica.serving.access)
-    observe(app, replica, replica.serving)
+    serving = replica.serving
+    admit(app, serving, Places(serving.max_ongoing_requests, serving.max_queued_requests))
+    record(app, serving.events)
+    guard(app, serving.access)
+    observe(app, replica, serving)
     return app
-
-
-def size(serving: ServingSettings) -> dict[str, Any]:
-    """How many replicas, as options of a deployment."""
-    if serving.min_replicas == serving.max_replicas:
-        return {"num_replicas": serving.max_replicas}
-    return {
-        "autoscaling_config": {
-            "min_replicas": serving.min_replicas,
-            "max_replicas": serving.max_replicas,
-            "target_ongoing_requests": serving.target_ongoing_requests,
-        }
-    }
 
 
 def bind(deployment: Any, serving: ServingSettings) -> ray_serve.Application:
     """The deployment as an application of the size that `serving` asks for."""
     return deployment.options(
         **size(serving),
-        max_ongoing_requests=serving.max_ongoing_requests,
-        max_queued_requests=serving.max_queued_requests,
+        # Whom a replica has no place for it tells itself (serve/admission.py): Ray Serve would, in plain text.
+        max_ongoing_requests=UNBOUNDED,
         logging_config=logs.config(serving.logs),
         ray_actor_options={"num_cpus": serving.cpus_per_replica, "num_gpus": serving.gpus_per_replica},
     ).bind(serving)

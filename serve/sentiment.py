@@ -64,6 +64,12 @@ class Model(EncoderModel):
         logits = np.stack(await self.batcher.results(rows))
         return task.answers(self.predictor, logits, truncated), sum(map(len, rows))
 
+    def differ(self, one: task.Answer, other: task.Answer) -> tuple[bool, float]:
+        """The distance is the total variation of the scores: half the sum of their differences."""
+        names = one.scores.keys() | other.scores.keys()
+        apart = sum(abs(one.scores.get(name, 0.0) - other.scores.get(name, 0.0)) for name in names) / 2
+        return one.label != other.label, apart
+
 
 @ray_serve.deployment(name="Sentiment")
 @ray_serve.ingress()

@@ -59,6 +59,13 @@ class Model(EncoderModel):
         logits = task.class_logits(self.predictor, reading, await self.batcher.results(reading.rows))
         return task.answers(self.predictor, inputs, texts, logits), sum(map(len, reading.rows))
 
+    def differ(self, one: task.Answer, other: task.Answer) -> tuple[bool, float]:
+        """The distance is Jaccard's: the share of all entities found that only one of them found."""
+        found = [{(e.label, e.start, e.end) for e in answer.entities} for answer in (one, other)]
+        every = found[0] | found[1]
+        apart = 1 - len(found[0] & found[1]) / len(every) if every else 0.0
+        return apart > 0, apart
+
     def _read(self, inputs: list[str | list[str]]) -> tuple[list[Words], Reading]:
         texts = [cut_words(text) for text in inputs]
         return texts, task.read(self.predictor, texts)

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.local import ingress_ports
 from lib.command import ALONE
+from tests.servers import Postgres
 
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,6 +27,8 @@ os.environ |= ALONE
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.headers:middlewares"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ |= ingress_ports()
@@ -73,6 +76,21 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    server = Postgres()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def either_database(request: pytest.FixtureRequest, storage: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The test runs on both: each time with a new database."""
+    if request.param == "postgresql":
+        monkeypatch.setenv("WHORL_DATABASE", request.getfixturevalue("postgres").fresh())
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite database with MLflow's tables and nothing in them: making them takes a second."""
     from lib import tracking
@@ -93,11 +111,14 @@ def database(storage: Path, empty_database: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+def make_tiny_base(folder: Path) -> Path:
     """A base model directory: a random BERT, 2 layers, 32 wide, with a word-level tokeniser."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, set_seed
 
-    folder = tmp_path_factory.mktemp("tiny-base")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     pieces = special + WORDS + [p for p in letters if p not in WORDS] + [f"##{c}" for c in letters]

@@ -17,7 +17,9 @@ from sqlalchemy.exc import OperationalError
 
 from lib import events
 from lib.data.redact import Redaction
+from lib.errors import StorageError
 from lib.events import Event, Feedback, Journal, Recorder
+from tests.servers import Postgres
 
 
 def event(number: int, text: str = "hello") -> Event:
@@ -61,7 +63,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(events, "AGAIN_S", 0.1)
 
 
-def test_what_was_recorded_is_read_without_personal_data(storage: Path, tmp_path: Path) -> None:
+def test_what_was_recorded_is_read_without_personal_data(either_database: str, tmp_path: Path) -> None:
     recorder = Recorder(redaction, tmp_path / "journals")
     for number in range(3):
         recorder.record(event(number, "I am ada@example.com"))
@@ -77,7 +79,7 @@ def test_what_was_recorded_is_read_without_personal_data(storage: Path, tmp_path
     assert not list((tmp_path / "journals").iterdir())
 
 
-def test_an_id_that_comes_twice_is_one_event(storage: Path, tmp_path: Path) -> None:
+def test_an_id_that_comes_twice_is_one_event(either_database: str, tmp_path: Path) -> None:
     recorder = Recorder(redaction, tmp_path)
     recorder.record(event(1))
     wait(lambda: ids() == ["r1"])
@@ -99,7 +101,7 @@ def test_events_are_put_into_the_database_together(storage: Path, tmp_path: Path
     )
 
 
-def test_a_database_that_is_away_loses_nothing(storage: Path, tmp_path: Path, quick: None) -> None:
+def test_a_database_that_is_away_loses_nothing(either_database: str, tmp_path: Path, quick: None) -> None:
     database = Database()
     database.away = True
     recorder = Recorder(redaction, tmp_path, database)
@@ -117,6 +119,31 @@ def test_a_database_that_is_away_loses_nothing(storage: Path, tmp_path: Path, qu
     recorder.close()
     assert len(ids()) == 1501
     assert max(database.batches) <= events.BATCH
+
+
+def test_a_server_that_is_stopped_for_a_while_loses_nothing(
+    postgres: Postgres, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WHORL_DATABASE", postgres.fresh())
+    recorder = Recorder(redaction, tmp_path)
+    recorder.record(event(0, "NUL \0"))
+    wait(lambda: ids() == ["r0"])
+    postgres.stop()
+    try:
+        began = time.monotonic()
+        for number in range(1, 700):
+            recorder.record(event(number))
+        assert time.monotonic() - began < 1, "nobody waits"
+        (journal,) = _eventually(tmp_path)
+        wait(lambda: journal.read_bytes().count(b"\n") == 699)
+        with pytest.raises(StorageError, match="try again"):
+            events.say(Feedback("r0", rating=1), "reviews")
+    finally:
+        postgres.start()
+    wait(lambda: len(ids()) == 700)
+    events.say(Feedback("r0", rating=1), "reviews")
+    recorder.close()
+    assert not list(tmp_path.iterdir())
 
 
 CHILD = """
@@ -190,19 +217,21 @@ def test_what_cannot_be_redacted_is_not_kept(storage: Path, tmp_path: Path) -> N
     assert (row["id"], row["request"], row["answer"]) == ("r1", None, None)
 
 
-def test_feedback_is_of_an_event_and_may_be_said_again(storage: Path) -> None:
+def test_feedback_is_of_an_event_and_may_be_said_again(storage: Path, either_database: str) -> None:
     with pytest.raises(events.UnknownRequestError, match="no answer of reviews has the request id 'r1'"):
         events.say(Feedback("r1", rating=1), "reviews")
     recorder = Recorder(redaction, storage / "journals")
     recorder.record(event(1))
     recorder.close()
-    events.say(Feedback("r1", rating=1, comment="good"), "reviews")
+    events.say(Feedback("r1", rating=1, comment="good\0"), "reviews")
+    with pytest.raises(events.UnknownRequestError):
+        events.say(Feedback("r1\0", rating=1), "reviews")
     events.say(Feedback("r1", rating=-1, label="negative"), "reviews")
     with pytest.raises(events.UnknownRequestError, match="no answer of support has the request id 'r1'"):
         events.say(Feedback("r1", rating=1), "support")
     (row,) = events.read()
     said = {name: row["feedback"][name] for name in ("rating", "label", "comment", "correction")}
-    assert said == {"rating": -1, "label": "negative", "comment": "good", "correction": None}
+    assert said == {"rating": -1, "label": "negative", "comment": "good\ufffd", "correction": None}
 
 
 def test_journals_lie_where_nobody_else_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSequenceClassification
 
-from lib import registry, tracking
+from lib import champions, registry, tracking
 from lib import storage as files
 from lib.artifacts import ModelRef
 from lib.errors import ModelError, RegistryError, StorageError
@@ -35,7 +35,11 @@ def trained(settings, dataset, right=0.9):
 
 
 def path(ref: ModelRef) -> Path:
-    return Path(ref.uri.removeprefix("file://"))
+    return path_of(ref.uri)
+
+
+def path_of(uri: str) -> Path:
+    return Path(uri.removeprefix("file://"))
 
 
 def test_a_version_holds_the_model_its_checksums_and_its_lineage(settings, dataset):
@@ -51,6 +55,31 @@ def test_a_version_holds_the_model_its_checksums_and_its_lineage(settings, datas
     assert lineage["git_commit"]
     assert lineage["versions"]["torch"]
     assert set(lineage["files"]) >= {"config.json", "model.safetensors", "task.json", "tokenizer.json"}
+
+
+def test_a_version_carries_the_adapter_that_its_run_left(settings, dataset):
+    run, report = trained(settings, dataset)
+    with files.publish(run.ref.adapter_uri) as folder:
+        (folder / "adapter_config.json").write_text('{"r": 8}')
+        shutil.copy(path_of(run.ref.model_uri) / "model.safetensors", folder / "adapter_model.safetensors")
+    ref = registry.register(run, report)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} <= set(
+        registry.describe(ref)["files"]
+    )
+    with registry.open_version(ref) as folder:
+        assert sorted(p.name for p in (folder / "adapter").iterdir()) == [
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
+
+
+def test_an_adapter_that_unpickles_is_not_registered(settings, dataset):
+    run, report = trained(settings, dataset)
+    with files.publish(run.ref.adapter_uri) as folder:
+        (folder / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin unpickles on loading"):
+        registry.register(run, report)
+    assert registry.versions("shop") == []
 
 
 def test_mlflow_shows_the_lineage(settings, dataset):
@@ -126,6 +155,48 @@ def test_crown_only_if_the_champion_is_still_the_one_compared_with(settings, dat
     assert registry.crown(second, instead_of=first)
     assert not registry.crown(third, instead_of=first)
     assert registry.champion("shop") == second
+
+
+def test_a_change_under_a_number_that_another_took_does_not_happen(settings, dataset, monkeypatch):
+    first, second = (registry.register(*trained(settings, dataset)) for _ in range(2))
+    assert registry.crown(first, instead_of=None)
+    latest = champions.latest
+
+    def overtaken(model: str) -> int:
+        number = latest(model)
+        champions.record(model, number + 1, first.version, None, "promoted by another process")
+        return number
+
+    monkeypatch.setattr(champions, "latest", overtaken)
+    assert not registry.crown(second, instead_of=first)
+    assert registry.champion("shop") == first
+
+
+def test_rollback_goes_back_one_champion_at_a_time(settings, dataset):
+    first, second, third = (registry.register(*trained(settings, dataset)) for _ in range(3))
+    with pytest.raises(RegistryError, match="no champion of 'shop' yet"):
+        registry.roll_back("shop", "why")
+    for ref, instead_of in ((first, None), (second, first), (third, second)):
+        assert registry.crown(ref, instead_of)
+    assert registry.roll_back("shop", "too slow") == (third, second)
+    assert registry.champion("shop") == second
+    assert tracking.client().get_model_version("shop", "3").tags["rolled_back"] == "too slow"
+    assert registry.roll_back("shop", "wrong") == (second, first)
+    with pytest.raises(RegistryError, match="shop@1 has no champion before it"):
+        registry.roll_back("shop", "again")
+    # One that follows a rollback is undone as any other.
+    assert registry.crown(third, first)
+    assert registry.roll_back("shop", "still") == (third, first)
+    told = [(change.version, change.instead_of, change.why) for change in champions.history("shop")]
+    assert told == [
+        (1, 3, "rollback: still"),
+        (3, 1, "promoted"),
+        (1, 2, "rollback: wrong"),
+        (2, 3, "rollback: too slow"),
+        (3, 2, "promoted"),
+        (2, 1, "promoted"),
+        (1, None, "promoted"),
+    ]
 
 
 def test_promotion_killed_before_its_files_leaves_nothing_a_reader_sees(settings, dataset):

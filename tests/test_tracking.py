@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 
-from lib import tracking
+from lib import registry, tracking
+from lib.artifacts import ModelRef
 from lib.errors import DataError, RegistryError
 from lib.settings import load_settings
+from lib.storage import publish
+from tests.servers import Postgres
 
 SETTINGS = load_settings("jobs/configs/reviews.yaml")
 
@@ -96,3 +100,35 @@ def test_machine_and_versions() -> None:
     assert machine["cores"] >= 1
     assert machine["memory_gib"] > 0
     assert {"python", "ray", "torch", "deepspeed"} <= set(tracking.versions())
+
+
+def _opened(url: str) -> None:
+    os.environ["WHORL_DATABASE"] = url
+    tracking.client()
+
+
+def test_runs_and_versions_on_postgresql(
+    postgres: Postgres, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.fresh()
+    monkeypatch.setenv("WHORL_DATABASE", url)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_opened, args=(url,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    db = tracking.client()
+    db.create_registered_model("reviews")
+    for _ in range(2):
+        db.create_model_version("reviews", source="nowhere")
+    one, two = ModelRef("reviews", 1), ModelRef("reviews", 2)
+    for ref in (one, two):
+        with publish(ref.uri) as folder:
+            (folder / "model.safetensors").write_bytes(b"x")
+    assert registry.crown(one, None)
+    assert registry.champion("reviews") == one
+    assert not registry.crown(two, None)
+    assert registry.crown(two, one)
+    assert registry.roll_back("reviews", "worse") == (two, one)

@@ -75,12 +75,12 @@ class Planned:
             if found.get("fingerprint") == self.fingerprint:
                 return found
             raise ConfigError(
-                f"score.output: {sources.display(self.uri)} holds the scores of another input or model "
+                f"score.output: {storage.display(self.uri)} holds the scores of another input or model "
                 f"({found.get('fingerprint')}); give another folder"
             )
         if self.settings.score.output and storage.ls(self.uri):
             raise ConfigError(
-                f"score.output: {sources.display(self.uri)} holds files already; give a folder that is not there"
+                f"score.output: {storage.display(self.uri)} holds files already; give a folder that is not there"
             )
         return None
 
@@ -344,7 +344,7 @@ def _check(planned: Planned, total: Total, uri: str) -> None:
     # Workers on other machines write to their own disk when the folder is a plain local path.
     if set(total.shards) - set(storage.ls(uri)):
         raise DataError(
-            f"{sources.display(uri)} lacks shards that workers wrote; it must be a place that all machines of the "
+            f"{storage.display(uri)} lacks shards that workers wrote; it must be a place that all machines of the "
             "cluster share"
         )
 

@@ -15,11 +15,13 @@ from lib.settings.evaluation import (
     JudgeSettings,
     PromotionSettings,
 )
+from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
     AccessSettings,
+    CanarySettings,
     ChatEngineSettings,
     CurationSettings,
     EventSettings,
@@ -42,14 +44,17 @@ __all__ = [
     "AdapterSettings",
     "AnswerSettings",
     "Behaviour",
+    "CanarySettings",
     "ChatEngineSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
     "EvaluationSettings",
     "EventSettings",
+    "GroundingSettings",
     "HeadSettings",
     "JudgeSettings",
+    "KnowledgeSettings",
     "Labelled",
     "LogSettings",
     "ModelSettings",
@@ -58,6 +63,7 @@ __all__ = [
     "PreferenceSettings",
     "PromotionSettings",
     "ScoreSettings",
+    "SearchSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",

@@ -167,3 +167,5 @@ class PromotionSettings(Section):
     """Behaviour of `evaluation.behaviours` → the largest share of its cases that may fail."""
     require: bool = False
     """Fail (exit code 3) when the gate does not hold, instead of keeping the champion."""
+    why: Annotated[str, Field(min_length=1, max_length=400)] = "by hand"
+    """Written down by `jobs.rollback`."""

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    BeforeValidator,
     Field,
     field_validator,
     model_validator,
 )
 
-from lib.settings.sections import Name, Positive, Section
+from lib.settings.knowledge import GroundingSettings, named
+from lib.settings.sections import Name, Positive, Section, Share
 
 
 class ChatEngineSettings(Section):
@@ -29,10 +31,18 @@ class ChatEngineSettings(Section):
     """Workers that share one replica's layers; on GPUs each takes gpus_per_replica / tensor_parallel of one."""
     max_num_seqs: Positive = 64
     """Sequences that are computed at once."""
+    target_tokens: Positive | None = None
+    """Tokens of prompts and answers in flight that one of several replicas is to have; None: it goes by requests."""
     enforce_eager: bool | None = None
     """Skip graph capture and compilation: a quicker start, slower tokens. None: on a CPU, not on GPUs."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 0
     """How long tokens of a stream are gathered before they are sent; 0 sends each at once."""
+    adapters: list[str] = []
+    """`NAME@champion` or `NAME@VERSION` of models that were trained with LoRA from the same base as `serving.model`: one
+    engine holds the base and serves them all, each under its name, and follows their aliases without a restart."""
+    max_adapters: Positive = 4
+    """Adapters that are computed with at once."""
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 64
     options: dict[str, Any] = {}
     """Any other of vLLM's engine arguments, such as `{enable_auto_tool_choice: true, tool_call_parser: hermes}`."""
     environment: dict[str, str] = {}
@@ -48,6 +58,18 @@ class AccessSettings(Section):
     """How long a key is believed before the database is asked again: a revoked one may work that long."""
     stale_for_s: Annotated[float, Field(ge=0)] = 3600
     """How long keys that were seen are believed while the database does not answer."""
+    redis: Annotated[str, Field(pattern=r"^rediss?://")] | None = None
+    """A Redis server that counts what keys use, such as `redis://host:6379/0`, or `rediss://` for TLS; its password is
+    WHORL_REDIS_PASSWORD in the cluster's environment. None: an actor of the cluster counts."""
+
+    @field_validator("redis")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        if url and urlsplit(url).password:
+            raise ValueError(
+                "holds a password, and configurations are written down; set WHORL_REDIS_PASSWORD instead"
+            )
+        return url
 
 
 class EventSettings(Section):
@@ -59,6 +81,25 @@ class EventSettings(Section):
     """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
     max_bytes: Positive = 262_144
     """A request or an answer that is longer is kept without its words."""
+    feedback_waits_s: Annotated[float, Field(ge=0)] = 2
+    """How long feedback waits for its answer, which is in the database a moment after it was sent."""
+
+
+class CanarySettings(Section):
+    """A new version's trial beside the one that answers (serve/probation.py)."""
+
+    share: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Of the requests that are put to the new version too."""
+    requests: Positive = 200
+    """So many are compared before it is judged."""
+    max_errors: Share = 0.0
+    """Share of requests that it does not answer."""
+    max_disagreement: Share = 0.2
+    """Share of inputs to which it answers something else."""
+    max_drift: Share = 0.2
+    """Mean distance of the answers: of scores their total variation, of entities Jaccard's."""
+    max_latency_ratio: Annotated[float, Field(gt=0)] = 2.0
+    """Its time over that of the version that answers."""
 
 
 class LogSettings(Section):
@@ -92,16 +133,26 @@ class ServingSettings(Section):
     threads: Positive | None = None
     """Threads of one replica's engine; None takes the machine's cores."""
     min_replicas: Annotated[int, Field(ge=0)] = 1
+    """0: the last replica ends too when nothing is asked for, and the first request after that waits for a new one."""
     max_replicas: Positive = 1
     target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
+    """Ongoing and waiting requests of one replica: with more there are soon more replicas, up to `max_replicas`."""
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300
+    """How long a load must last before there are more replicas, or fewer."""
+    look_back_s: Annotated[float, Field(gt=0)] = 15
+    """Seconds over which the load is averaged."""
     max_ongoing_requests: Positive = 64
+    """Requests that a replica works on at once."""
     max_queued_requests: Annotated[int, Field(ge=-1)] = 256
-    """Requests waiting beyond this are answered 503 at once; -1 is no bound."""
+    """Requests waiting for a replica beyond this are answered 503 at once; -1 is no bound."""
     cpus_per_replica: Annotated[float, Field(gt=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
     tokens_per_batch: Positive = 2048
     """Padded tokens that the engine computes at once."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
+    """How long a body may take to arrive (408), and then its answer (504); of a stream, until its first part and
+    between two."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     """How long a deployment may take until it answers."""
     max_inputs: Positive = 256
@@ -109,12 +160,17 @@ class ServingSettings(Section):
     max_body_bytes: Positive = 4_000_000
     access: AccessSettings = AccessSettings()
     events: EventSettings = EventSettings()
+    canary: CanarySettings | None = None
+    """Try a new version on a copy of some requests before it answers; None: it answers as soon as it is loaded. A
+    chat model's engine is replaced without a trial."""
     logs: LogSettings = LogSettings()
     traces: str | None = None
     """Of an OpenTelemetry collector, such as http://collector:4318: a span of each request goes there."""
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+    knowledge: Annotated[GroundingSettings | None, BeforeValidator(named)] = None
+    """chat: the index that answers are grounded in, by its name or as a section; None grounds them in nothing."""
 
     @field_validator("traces")
     @classmethod

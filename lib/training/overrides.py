@@ -59,7 +59,9 @@ def resolve(settings: Settings) -> Settings:
     training = training.model_copy(update={"deepspeed": theirs})
     from lib.training import zero
 
-    _check_zero(zero.config(training, 1)["zero_optimization"])
+    whole = zero.config(training, 1)
+    _check_zero(whole["zero_optimization"])
+    _check_keys(whole, theirs)
     return settings.model_copy(update={"training": training})
 
 
@@ -128,3 +130,34 @@ def _check_zero(section: dict[str, Any]) -> None:
         raise ConfigError(
             f"training.deepspeed: zero_optimization.{key}: {finding['msg'].lower()}{near}"
         ) from None
+
+
+class _Watched(dict[str, Any]):
+    """Remembers which keys were asked for."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        super().__init__(values)
+        self.asked: set[str] = set()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+
+def _check_keys(whole: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """DeepSpeed ignores keys that it does not know, and has no list of those that it does: what it asks for is one."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    watched = _Watched(whole)
+    DeepSpeedConfig(watched)
+    known = watched.asked | {key.partition(".")[0] for key in OWNED}
+    if unknown := next((key for key in theirs if key not in known), None):
+        raise ConfigError(f"training.deepspeed: {unknown} is no key of DeepSpeed's{nearest(unknown, known)}")

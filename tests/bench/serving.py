@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +97,14 @@ def serve_ours(port: int, model: str) -> None:
 
 
 @contextmanager
-def running(command: list[str], url: str, **variables: str) -> Iterator[None]:
-    """A server in a process of its own, from when it answers at `url`."""
+def running(
+    command: list[str], is_up: Callable[[], bool], python: str = sys.executable, **variables: str
+) -> Iterator[None]:
+    """A server in a process of its own, a module with its arguments, from when it answers. It ends with its input, or
+    else by a signal."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [python, "-m", *command],
             env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=log,
@@ -109,7 +112,7 @@ def running(command: list[str], url: str, **variables: str) -> Iterator[None]:
         )
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not answers(url):
+            while not is_up():
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     sys.exit(f"{command[0]} did not come up:\n{log.read()[-3000:]}")
@@ -118,9 +121,19 @@ def running(command: list[str], url: str, **variables: str) -> Iterator[None]:
         finally:
             assert process.stdin is not None
             process.stdin.close()
-            if command[0] == "uvicorn":
+            if not command[0].startswith("tests."):
                 process.terminate()
             process.wait(timeout=60)
+
+
+def healthy(url: str) -> bool:
+    """Whether a GET is answered 200."""
+    import httpx
+
+    try:
+        return httpx.get(url, timeout=10).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def answers(url: str) -> bool:
@@ -236,13 +249,13 @@ def main(seconds: float) -> None:
             "--log-level",
             "warning",
         ]
-        with running(command, f"{base}/loop", MODEL=str(folder)):
+        with running(command, lambda: answers(f"{base}/loop"), MODEL=str(folder)):
             for kind in RIVALS:
                 print(f"transformers pipeline in FastAPI + uvicorn, {kind}:", flush=True)
                 rival[kind] = [measure(f"{base}/{kind}", texts, clients, seconds) for clients in CLIENTS]
         url = f"{base}/v1/sentiment"
         command = ["tests.bench.serving", "serve-ours", "--model", str(ref), "--port", str(port)]
-        with running(command, url, **ray_environment()):
+        with running(command, lambda: answers(url), **ray_environment()):
             print(f"Whorl, {ref}:", flush=True)
             ours = [measure(url, texts, clients, seconds) for clients in CLIENTS]
             results = [r for i in range(0, len(chosen), 50) for r in ask(url, chosen[i : i + 50])]

@@ -175,6 +175,7 @@ def rival(kind: str, rows_in_step: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         python = rival_python("training", "accelerate==1.15.0")  # Trainer refuses to start without it
         command = [python, "-m", "tests.bench.training", "--rival", kind, str(rows_in_step), folder]
+        command += ["--limit", COMMON[COMMON.index("--data.limit") + 1]]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"the rival {kind} failed:\n{done.stderr[-3000:]}")
@@ -211,7 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rival", nargs=3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--limit", type=int, default=LIMIT, help="reviews, of which 0.8 are trained on")
     arguments = parser.parse_args()
+    COMMON[COMMON.index("--data.limit") + 1] = str(arguments.limit)
     if arguments.rival:
         kind, rows, folder = arguments.rival
         trainer(kind, int(rows), folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs.promote import promote
+from jobs.rollback import rollback
 from lib import registry, tracking
 from lib import storage as places
 from lib.artifacts import ModelRef
@@ -70,6 +71,18 @@ def test_better_candidate_takes_over_and_worse_does_not(settings, dataset, capsy
     assert "macro_f1 above present champion" in out
     assert "shop@2 stays champion" in out
     assert "95% interval" in out
+
+
+def test_rollback_tells_who_came_and_what_to_type(settings, dataset, capsys):
+    for right in (0.8, 0.9):
+        trained(settings, dataset, right=right)
+        promote(settings)
+    rollback(settings)
+    out = capsys.readouterr().out
+    assert "shop@1 is champion again, instead of shop@2" in out
+    assert "version 2 instead of 1  (promoted)" in out
+    assert "next: python -m serve.deploy" in out
+    assert registry.champion("shop") == ModelRef("shop", 1)
 
 
 def test_gate_can_be_required(settings, dataset):

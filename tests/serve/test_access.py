@@ -206,19 +206,19 @@ def test_a_counter_that_was_killed_is_counted_without_and_found_again(
 ) -> None:
     import ray
 
-    from serve import access
+    from serve import limiters
 
-    monkeypatch.setattr(access, "COUNTER_AWAY_S", 0.2)
+    monkeypatch.setattr(limiters, "COUNTER_AWAY_S", 0.2)
     one = [Charge("killed/requests", 1, 2)]
 
     async def asked() -> list[bool]:
-        limiter, other = access.SharedLimiter(), access.SharedLimiter()
+        limiter, other = limiters.ActorLimiter(), limiters.ActorLimiter()
         found = [(await limiter.take(one)).allowed, (await other.take(one)).allowed]
         found.append((await limiter.take(one)).allowed)  # two of two are gone, whoever asks
-        ray.kill(ray.get_actor(access.COUNTER, access.NAMESPACE), no_restart=True)
+        ray.kill(ray.get_actor(limiters.COUNTER, limiters.NAMESPACE), no_restart=True)
         found.append((await limiter.take(one)).allowed)  # its own count is whole
         await asyncio.sleep(0.3)
         return [*found, (await limiter.take(one)).allowed]  # a new counter's too
 
     assert run(asked) == [True, True, False, True, True]
-    ray.kill(ray.get_actor(access.COUNTER, access.NAMESPACE), no_restart=True)
+    ray.kill(ray.get_actor(limiters.COUNTER, limiters.NAMESPACE), no_restart=True)

@@ -5,10 +5,13 @@ One engine for all tests: starting it is most of the time.
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +22,23 @@ import psutil
 import pytest
 
 from cluster.local import free_port
-from lib import keys, registry, storage, tracking
-from lib.artifacts import ModelRef, TaskFile
+from lib import events, keys, registry, storage, tracking
+from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
+from lib.errors import RegistryError
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
-from tests.serve.conftest import key, scraped, total
+from tests.serve.conftest import key, publish_index, scraped, total
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NAME, CONTEXT = "helper", 256
+LONG = {"model": NAME, "prompt": "my phone", "max_tokens": 200, "logit_bias": {"1": -100}}
 QUESTION = [{"role": "user", "content": "my phone does not ring"}]
 
 
-def publish_chat(version: int) -> ModelRef:
-    """A model version as `jobs.finetune` exports one: a random Llama, 2 layers, with a byte-level tokeniser."""
+def random_chat(base: Path, seed: int) -> Any:
+    """A random Llama, 2 layers, as a base's directory with a byte-level tokeniser."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -50,7 +55,7 @@ def publish_chat(version: int) -> ModelRef:
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
     )
-    set_seed(version)
+    set_seed(seed)
     config = LlamaConfig(
         vocab_size=len(pieces),
         hidden_size=128,
@@ -63,14 +68,43 @@ def publish_chat(version: int) -> ModelRef:
         bos_token_id=0,
         eos_token_id=1,
     )
-    ref = ModelRef(NAME, version)
-    with tempfile.TemporaryDirectory() as base, storage.publish(ref.uri) as folder:
-        fast.save_pretrained(base)
-        info = TaskFile("chat", [], CONTEXT, base, f"{NAME}/0123456789abcdef", chat_template="chatml")
-        chat.save(LlamaForCausalLM(config), Path(base), info, folder)
-        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+    fast.save_pretrained(base)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(base)
+    return model
+
+
+def publish(ref: ModelRef, model: Any, base: Path, adapter: Path | None = None) -> ModelRef:
+    """A model version as `jobs.promote` registers what `jobs.finetune` exports."""
+    info = TaskFile("chat", [], CONTEXT, str(base), f"{ref.name}/0123456789abcdef", chat_template="chatml")
+    with storage.publish(ref.uri) as folder:
+        chat.save(model, base, info, folder)
+        if adapter is not None:
+            shutil.copytree(adapter, folder / ADAPTER_FOLDER)
+        paths = [path for path in folder.rglob("*") if path.is_file()]
+        files = {path.relative_to(folder).as_posix(): storage.checksum(str(path)) for path in paths}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
     return ref
+
+
+def publish_chat(version: int) -> ModelRef:
+    with tempfile.TemporaryDirectory() as base:
+        return publish(ModelRef(NAME, version), random_chat(Path(base), version), Path(base))
+
+
+def publish_adapter(name: str, version: int, base: Path) -> ModelRef:
+    """A version that was trained with LoRA: its weights are random, and added to those of the base."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    set_seed(100 * version + len(name))
+    # Without PEFT's usual start at nothing, so that each version says something else.
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with tempfile.TemporaryDirectory() as adapter:
+        model.save_pretrained(adapter)
+        tracking.client().create_model_version(name, source="run")
+        return publish(ModelRef(name, version), model.merge_and_unload(), base, Path(adapter))
 
 
 def crown(ref: ModelRef) -> None:
@@ -78,16 +112,20 @@ def crown(ref: ModelRef) -> None:
     registry.set_alias(ref, registry.CHAMPION)
 
 
-def greedy(ref: ModelRef, tokens: int) -> str:
-    """What transformers says to the question with the weights of a version."""
+def greedy(ref: ModelRef, tokens: int, *before: dict[str, str]) -> str:
+    """What transformers says to the question, and what is said before it, with the weights of a version."""
+    folder = Path(ref.uri.removeprefix("file://"))
+    return greedy_of(folder, folder, tokens, *before)
+
+
+def greedy_of(weights: Path, tokenizer_of: Path, tokens: int, *before: dict[str, str]) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = Path(ref.uri.removeprefix("file://"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     prompt = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [*before, *QUESTION], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     found = model.generate(**prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=1)
     text: str = tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -105,6 +143,8 @@ def chat_settings(**serving: Any) -> Settings:
                 "port": free_port(),
                 "threads": 1,
                 "max_body_bytes": 100_000,
+                "max_ongoing_requests": 8,
+                "max_queued_requests": 4,
                 "chat": {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8},
                 **serving,
             },
@@ -260,6 +300,8 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"messages": []}, ""),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"stop": ["x"] * 30_000}, "100,000 bytes"),
+        ({"stop": ["x"] * 1_000}, "stop has 1,000 texts; send at most 64"),
+        ({"n": 1_000_000}, "n is 1,000,000; ask for at most 128"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}, "256"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, ""),
         ({"n": 0}, ""),
@@ -320,6 +362,46 @@ def test_tokens_of_a_key_are_counted(deployed: Deployed, stream: bool) -> None:
     ]
 
 
+def test_a_stream_that_is_broken_off_is_charged_and_computed_no_further(deployed: Deployed) -> None:
+    def seconds(identity: str, parts: int) -> float:
+        """Processor time of the engine for streams of which so many parts are read."""
+        before, headers = spent(), {"x-request-id": identity}
+        for _ in range(6):
+            with deployed.ask(
+                stream=True, max_tokens=180, logit_bias={"1": -100}, extra_headers=headers
+            ) as stream:
+                assert len(list(itertools.islice(stream, parts))) == min(parts, 181)
+        time.sleep(0.5)
+        return spent() - before
+
+    def spent() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in engine_processes())
+
+    def tokens(identity: str) -> int:
+        found = [row["tokens"] for row in events.read(NAME) if row["id"] == identity]
+        return found[0] if found else 0
+
+    whole, broken = seconds("whole", 1000), seconds("broken", 10)
+    assert broken < whole / 2
+    deadline = time.monotonic() + 20
+    while not (tokens("whole") and tokens("broken")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    # The prompt is the same: fewer tokens were said, and those that were are known.
+    assert tokens("whole") - 180 + 5 <= tokens("broken") < tokens("whole") - 20
+
+
+def test_more_than_the_queue_holds_is_503(deployed: Deployed) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: deployed.post("/v1/completions", json=LONG), range(24)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 0 < len(refused) < 24
+    for answer in refused:
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert answer.json()["error"]["code"] == "overloaded"
+
+
 def test_streams_tell_when_they_began(deployed: Deployed) -> None:
     labels = {"application": NAME, "route": "/v1/chat/completions"}
     name = "ray_whorl_time_to_first_token_seconds_count"
@@ -341,16 +423,80 @@ def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
         replace(deployed, key=key("other")).ask()
 
 
-def test_another_champion_is_taken_up(deployed: Deployed) -> None:
+def test_another_champion_is_taken_up_and_its_answers_are_grounded(
+    deployed: Deployed, tiny_base: Path
+) -> None:
     from serve.deploy import deploy
 
     before = engine_processes()
     ref = publish_chat(2)
     crown(ref)
-    assert deploy(deployed.settings) == deployed.url
-    answer = deployed.ask(model=f"{NAME}@champion").choices[0].message.content
-    assert answer == greedy(ref, 16)
-    assert answer != greedy(deployed.ref, 16)
+    port = deployed.settings.serving.port
+    with pytest.raises(RegistryError, match=r"no index shop; make it with python -m jobs\.index"):
+        deploy(chat_settings(port=port, knowledge="shop"))
+    publish_index(tiny_base, {"Phones": QUESTION[0]["content"], "Cars": "my car does not start"}, "a")
+    knowledge = {"index": "shop", "threshold": 0.999, "instructions": "Read.", "unknown": "I do not know."}
+    settings = chat_settings(port=port, knowledge={**knowledge, "answer_tokens": 16})
+    assert deploy(settings) == deployed.url
+
+    told = {"role": "system", "content": f"Read.\n\n[1] Phones\n{QUESTION[0]['content']}"}
+    answer = deployed.ask(model=f"{NAME}@champion")
+    assert answer.choices[0].message.content == greedy(ref, 16, told)
+    assert answer.choices[0].message.content != greedy(deployed.ref, 16, told)
+    (citation,) = answer.model_extra["citations"]
+    assert (citation["number"], citation["title"], citation["source"]) == (1, "Phones", "Phones.md")
+    parts = list(deployed.ask(stream=True))
+    assert [part.model_extra.get("citations") for part in parts] == [*[None] * (len(parts) - 1), [citation]]
+    other = [{"role": "user", "content": "xyzzy"}]
+    unknown = deployed.ask(messages=other)
+    assert unknown.choices[0].message.content == "I do not know."
+    assert (unknown.model_extra["citations"], unknown.usage.total_tokens) == ([], 0)
+    parts = list(deployed.ask(messages=other, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "I do not know."
+    long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "x"}, *QUESTION]
+    with pytest.raises(openai.BadRequestError, match="tokens for passages"):
+        deployed.ask(messages=long)
+
     assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
+
+
+def test_adapters_share_an_engine_and_are_followed_without_a_restart(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    from serve.deploy import deploy
+
+    random_chat(tmp_path, 7)
+    for name in ("goods", "tone"):
+        tracking.client().create_registered_model(name)
+    refs = [publish_adapter(*of, tmp_path) for of in (("goods", 1), ("goods", 2), ("tone", 1))]
+    registry.set_alias(refs[0], registry.CHAMPION)
+    engine = {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8, "max_adapter_rank": 8}
+    settings = chat_settings(
+        port=deployed.settings.serving.port,
+        model="goods@champion",
+        chat={**engine, "adapters": ["tone@1"]},
+    )
+    deploy(settings)
+
+    def says(model: str) -> str:
+        answer = deployed.ask(model=model)
+        return str(answer.choices[0].message.content)
+
+    assert says("goods") == says("goods@champion") == greedy(refs[0], 16)
+    assert says("tone") == says("tone@1") == greedy(refs[2], 16)
+    assert says("base") == greedy_of(tmp_path, Path(refs[0].uri.removeprefix("file://")), 16)
+    assert len({says("goods"), says("tone"), says("base")}) == 3
+    with pytest.raises(
+        openai.NotFoundError, match=r"no model 'helper' here .*goods, goods@champion, tone, tone@1, base"
+    ):
+        says("helper")
+    before = {process.pid for process in engine_processes()}
+    registry.set_alias(refs[1], registry.CHAMPION)
+    deadline = time.monotonic() + 30
+    while says("goods") != greedy(refs[1], 16) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert says("goods") == greedy(refs[1], 16)
+    assert deployed.ask(model="goods").model == "goods@2"
+    assert {process.pid for process in engine_processes()} == before

@@ -19,7 +19,7 @@ from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.registry import parse_reference
-from lib.settings import ServingSettings
+from lib.settings import CanarySettings, ServingSettings
 from serve.deploy import application_config, deploy
 from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
@@ -60,7 +60,8 @@ def replica_processes() -> list[int]:
     from ray import serve as ray_serve
 
     replicas = ray_serve.context._get_global_client().get_serve_details()["applications"]["reviews"]
-    return [replica["pid"] for replica in replicas["deployments"]["Sentiment"]["replicas"]]
+    found = replicas["deployments"]["Sentiment"]["replicas"]
+    return [replica["pid"] for replica in found if replica["state"] == "RUNNING"]
 
 
 def test_a_new_version_takes_over_under_load_without_a_lost_request(endpoint: Endpoint) -> None:
@@ -91,6 +92,67 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving(endpoint: Endpo
     assert "task.json names 2 labels" in ready.body["failed"]
     move_to(endpoint, 1)
     assert endpoint.get("/readyz").body["failed"] is None
+
+
+def test_a_version_on_trial_takes_over_after_enough_requests(endpoint: Endpoint) -> None:
+    limits = {"max_disagreement": 1, "max_drift": 1, "max_latency_ratio": 1000}
+    canary = CanarySettings.model_validate({"share": 1, "requests": 20} | limits)
+
+    def on_trial(version: int) -> None:
+        chosen = {"model": f"reviews@{version}", "canary": canary}
+        deploy(
+            endpoint.settings.model_copy(
+                update={"serving": endpoint.settings.serving.model_copy(update=chosen)}
+            )
+        )
+
+    on_trial(1)  # nothing else answers yet that it could be compared with
+    on_trial(2)
+    ready = endpoint.get("/readyz").body
+    assert ready["version"] == 1
+    assert ready["trial"].startswith("reviews@2: 0 of 20")
+    with load(endpoint, 2) as answers:
+        deadline = time.monotonic() + 60
+        while (not answers or answers[-1][1] == 1) and time.monotonic() < deadline:
+            time.sleep(0.1)
+    versions = [version for status, version in answers if status == 200]
+    assert len(versions) == len(answers)
+    assert set(versions) == {1, 2}
+    assert versions[:19] == [1] * 19
+    with pytest.raises(ModelError, match=r"reviews@2 goes on serving: reviews@9 did not pass its trial: "):
+        on_trial(9)
+    with pytest.raises(ModelError, match=r"reviews@9 did not pass its trial: .*--serving\.canary null"):
+        on_trial(9)
+    move_to(endpoint, 1)
+
+
+def test_replicas_rise_and_fall_with_the_load_without_a_lost_request(endpoint: Endpoint) -> None:
+    chosen = {
+        "max_replicas": 2,
+        "target_ongoing_requests": 2,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 2,
+        "look_back_s": 2,
+        "cpus_per_replica": 0.5,
+    }
+    serving = endpoint.settings.serving.model_copy(update={"model": "reviews@1", **chosen})
+    deploy(endpoint.settings.model_copy(update={"serving": serving}))
+
+    def reaches(count: int) -> bool:
+        deadline = time.monotonic() + 90
+        while len(replica_processes()) != count and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return len(replica_processes()) == count
+
+    with load(endpoint, 12) as many:
+        assert reaches(2)
+    with load(endpoint, 1) as few:
+        assert reaches(1)
+        after = len(few)
+        while len(few) < after + 20:
+            time.sleep(0.05)
+    assert {status for status, _ in [*many, *few]} == {200}
+    move_to(endpoint, 1)
 
 
 def test_a_version_whose_files_changed_is_not_served(
@@ -129,6 +191,11 @@ def test_the_model_of_another_task_is_refused(endpoint: Endpoint) -> None:
     storage.write_bytes(storage.join(ModelRef("reviews", 8).uri, storage.COMPLETE), b"")
     with pytest.raises(ModelError, match="reviews@8 is a tagging model"):
         move_to(endpoint, 8)
+
+
+def test_only_chat_is_grounded(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serving\.knowledge: only chat is grounded, not sentiment"):
+        deploy(make_settings(model="reviews@1", knowledge="shop"))
 
 
 def test_two_applications_share_the_port_by_their_prefixes(endpoint: Endpoint) -> None:

@@ -31,7 +31,7 @@ class Model:
 
 
 def application() -> FastAPI:
-    app = create_app("Test", "", Model(), 1_000)
+    app = create_app("Test", "", Model())
 
     @app.post("/v1/echo/{name}")
     async def echo(request: Request, name: str) -> str:

@@ -131,6 +131,7 @@ def test_health_and_readiness(endpoint: Endpoint) -> None:
         "version": 1,
         "engine": "",
         "failed": None,
+        "trial": None,
     }
 
 

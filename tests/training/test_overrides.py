@@ -96,6 +96,12 @@ def test_a_file_is_read_once_and_checked_before_anything_starts(tmp_path: Path, 
         ConfigError, match=r"zero_optimization.sub_groupsize: .*did you mean 'sub_group_size'"
     ):
         overrides.resolve(given({"zero_optimization": {"sub_groupsize": 3}}))
+    with pytest.raises(
+        ConfigError, match=r"wall_clock_breakdwn is no key of DeepSpeed's.*mean 'wall_clock_breakdown'"
+    ):
+        overrides.resolve(given({"wall_clock_breakdwn": True}))
+    known = {"wall_clock_breakdown": True, "communication_data_type": "fp32", "scheduler": "auto"}
+    assert overrides.resolve(given(known)).training.deepspeed == known
     with pytest.raises(StorageError, match=r"absent\.json"):
         overrides.resolve(given(str(tmp_path / "absent.json")))
     file.write_text("[]")
