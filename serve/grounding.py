@@ -26,6 +26,7 @@ from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import Index, current
 from lib.retrieval.search import Hit, search
 from lib.settings import GroundingSettings, ServingSettings
+from serve import metrics
 from serve.batching import LengthBatcher
 
 if TYPE_CHECKING:
@@ -157,6 +158,7 @@ class Grounding:
         if not questions:
             return Grounded(list(messages), [])
         hits = await self._knowledge.search(questions)
+        metrics.current().count("whorl_retrievals_total", found="yes" if hits else "no")
         if not hits:
             return Grounded(with_system(messages, self._settings.nothing_found), [], self._settings.unknown)
         # Long conversations take long to count, and others wait for this thread.

@@ -30,7 +30,9 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 EVERY_S = 5.0
 # Why a request was turned away, by its status.
-REFUSALS = {401: "key", 403: "scope", 413: "size", 429: "limit", 503: "unavailable"}
+REFUSALS = {
+    401: "key", 403: "scope", 408: "slow_body", 413: "size", 429: "limit", 503: "unavailable", 504: "timeout",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,15 @@ INSTRUMENTS = {
         "histogram", "Time to the first event of a stream", ("route",), SECONDS
     ),
     "whorl_refused_requests_total": Instrument(
-        "counter", "Requests turned away: key, scope, size, limit, unavailable", ("reason",)
+        "counter", "Requests turned away: key, scope, slow_body, size, limit, unavailable, timeout", ("reason",)
     ),
     "whorl_tokens_total": Instrument("counter", "Tokens that a model read and wrote"),
     "whorl_batch_rows": Instrument("histogram", "Rows that an engine computed together", (), ROWS),
     "whorl_queue_wait_seconds": Instrument(
         "histogram", "Time that a row waited for the engine", (), SECONDS
+    ),
+    "whorl_retrievals_total": Instrument(
+        "counter", "Searches of a knowledge base, by whether a passage was relevant (yes, no)", ("found",)
     ),
     "whorl_model_info": Instrument(
         "gauge", "1 for the version that a replica serves, 0 for those before", ("replica", "model", "engine")

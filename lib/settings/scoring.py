@@ -34,7 +34,7 @@ class ScoreSettings(Section):
     """Rows of one shard, which one worker scores."""
     workers: Positive = 1
     """Actors that score, each with the engine that `serving` chooses."""
-    engine: Literal["auto", "vllm", "transformers"] = "transformers"
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
     """chat: auto takes vLLM, which serves it too, where it is installed and the models lie on a disk that all machines
     see; transformers starts sooner."""
     max_tokens: Positive = 256
