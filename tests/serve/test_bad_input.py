@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -66,8 +65,8 @@ def answered(connection: socket.socket) -> bytes:
 
 
 def status(answer: bytes) -> int | None:
-    """Of the first answer; None for a connection that was closed without one."""
-    return int(answer.split(b" ", 2)[1]) if answer else None
+    """Of the first answer; None for a connection that was closed without one, or spoke of HTTP/2 as it was closed."""
+    return int(answer.split(b" ", 2)[1]) if answer.startswith(b"HTTP/1.") else None
 
 
 def error(answer: bytes) -> dict[str, str]:
@@ -116,9 +115,7 @@ def replica_memory() -> int:
 def test_a_declared_length_of_100_mb_is_refused_before_it_comes(endpoint: Endpoint) -> None:
     with connected(endpoint) as connection:
         connection.sendall(head(endpoint, f"content-length: {HUGE}"))
-        began = time.monotonic()
-        answer = connection.recv(65536)
-    assert time.monotonic() - began < 3
+        answer = answered(connection)  # to nothing but the head
     assert status(answer) == 413
     assert error(answer)["code"] == "body_too_large"
 
@@ -189,7 +186,8 @@ def test_garbage_is_a_4xx_or_a_closed_connection_also_behind_a_request(
         connection.sendall(good + garbage)
         connection.shutdown(socket.SHUT_WR)
         answers = answered(connection)
-    assert status(answers) in (200, None)  # abortonclose: who ends its side may be gone
+    # HAProxy's abortonclose: who ends its side while the request waits counts as gone.
+    assert status(answers) in (200, 400, None)
     later = answers.split(b"HTTP/1.1 ")[2:]
     assert all(answer.startswith(b"4") for answer in later)
 
