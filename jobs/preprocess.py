@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from lib import storage
 from lib.artifacts import SPLITS
 from lib.command import connect, main
 from lib.data.plan import Plan, plan
-from lib.data.sources import display
 from lib.settings import Settings
 
 
@@ -49,7 +49,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
-    print(f"written to   {display(planned.ref.uri)}")
+    print(f"written to   {storage.display(planned.ref.uri)}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
 
 

@@ -19,7 +19,6 @@ from lib.artifacts import TASK_FILE
 from lib.command import connect, main
 from lib.data import scoring
 from lib.data.scoring import Planned
-from lib.data.sources import display
 from lib.errors import ModelError
 from lib.evaluation.scoring import check_resources
 from lib.settings import Settings
@@ -39,7 +38,7 @@ def score(settings: Settings) -> None:
         connect()
         check_resources(settings.score.workers, settings.serving, "score.workers")
         print(f"scoring {planned.reading.files[0].name} with {ref}", flush=True)
-        manifest = scoring.run(planned, partial(registry.open_version, ref))
+        manifest = scoring.run(planned, partial(registry.open_directory, ref.uri))
     report(planned, manifest)
 
 
@@ -52,7 +51,7 @@ def report(planned: Planned, manifest: dict[str, Any]) -> None:
     for name, counts in manifest["figures"].items():
         shown = ", ".join(f"{label} {number:,}" for label, number in counts.items())
         print(f"{name:12} {shown or 'none'}")
-    print(f"written to   {display(planned.uri)}")
+    print(f"written to   {storage.display(planned.uri)}")
 
 
 if __name__ == "__main__":

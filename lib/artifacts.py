@@ -5,6 +5,8 @@
     runs/RUN_ID/adapter/         RunRef       its LoRA or DoRA adapter alone, as PEFT reads it
     runs/RUN_ID/evaluation/      EvalReport   report.json, report.html, *.png
     models/NAME/VERSION/         ModelRef     a registered model version; never changes
+    indexes/NAME/FINGERPRINT/    IndexRef     a knowledge base: manifest.json and a Lance table; never changes
+    indexes/NAME/current.json                 which version of it is read
 
 A model directory holds config.json, model.safetensors, the tokenizer's files and task.json; a registered one also
 adapter/, where the run has left one.
@@ -103,6 +105,31 @@ class ModelRef:
     @property
     def uri(self) -> str:
         return storage.join(storage.root(), "models", self.name, str(self.version))
+
+
+@dataclass(frozen=True)
+class IndexRef:
+    """A version of a knowledge base's index."""
+
+    name: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.fingerprint}"
+
+    @property
+    def uri(self) -> str:
+        return storage.join(storage.root(), "indexes", self.name, self.fingerprint)
+
+    def exists(self) -> bool:
+        return storage.published(self.uri)
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises RegistryError when this version is not there."""
+        if not self.exists():
+            raise RegistryError(f"no index {self}; run python -m jobs.index first")
+        manifest: dict[str, Any] = storage.read_json(storage.join(self.uri, "manifest.json"))
+        return manifest
 
 
 @dataclass(frozen=True)

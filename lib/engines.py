@@ -10,9 +10,10 @@ tokens on average, rows/s in sorted batches of 32, milliseconds for one row):
 
 so `auto` takes OpenVINO on a CPU and torch on a GPU. `make bench-serving` measures the served whole.
 
-A classifier of sequences answers with one row of logits, one of tokens with a row for each of them.
+A classifier of sequences answers with one row of logits, one of tokens with a row for each of them, and a
+sentence encoder with a vector of length 1.
 
-Shapes: B rows in a batch, T tokens in its longest row, C classes.
+Shapes: B rows in a batch, T tokens in its longest row, C classes, D width of a vector.
 """
 
 from __future__ import annotations
@@ -41,9 +42,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C], or [B, T, C]."""
-Head = Literal["SequenceClassification", "TokenClassification"]
-"""Behind `AutoModelFor`, transformers' name of the model."""
+"""`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C], or [B, T, C], or vectors [B, D]."""
+Head = Literal["SequenceClassification", "TokenClassification", "mean", "cls"]
+"""Behind `AutoModelFor`, transformers' name of a classifier; or how the last layer's tokens become one vector."""
+KINDS = {"SequenceClassification": "a sequence classifier", "TokenClassification": "a token classifier"}
+# What sentence-transformers writes beside a model, and the pooling of it that is computed here.
+POOLING_FILE = Path("1_Pooling", "config.json")
+POOLING: dict[str, Head] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 # Engines compile a kernel for each new shape; rounding T up keeps the shapes few.
 WIDTH_STEP = 8
@@ -107,6 +112,16 @@ class TokenEncoder(Encoder):
         return [out[i] for i in range(len(rows))]
 
 
+class SentenceEncoder(Encoder):
+    """An encoder of texts as points: the cosine of two is how alike their meanings are."""
+
+    def vectors(self, rows: Sequence[np.ndarray]) -> np.ndarray:
+        """Vectors float32 [len(rows), D] of length 1, in the order of the rows."""
+        pooled = self.logits(rows)
+        length: np.ndarray = np.linalg.norm(pooled, axis=1, keepdims=True)
+        return np.asarray(pooled / np.maximum(length, 1e-12))
+
+
 def rounded(length: int) -> int:
     """The width that a row of this many tokens is padded to when it is the longest of its batch."""
     return -(-length // WIDTH_STEP) * WIDTH_STEP
@@ -137,6 +152,26 @@ def load_encoder(folder: Path, serving: ServingSettings) -> Encoder:
 def load_token_encoder(folder: Path, serving: ServingSettings) -> TokenEncoder:
     """A classifier of tokens, as `load_encoder` loads one of sequences."""
     return TokenEncoder(**_loaded(folder, serving, "TokenClassification"))
+
+
+def load_sentence_encoder(folder: Path, serving: ServingSettings) -> SentenceEncoder:
+    """An encoder of sentences, as `load_encoder` loads a classifier.
+
+    Vectors are the mean of the last layer's tokens, padding left out (Reimers and Gurevych 2019), unless
+    `1_Pooling/config.json` says that it is the first token. Raises ModelError for any other pooling, too.
+    """
+    return SentenceEncoder(**_loaded(folder, serving, _pooling(folder)))
+
+
+def _pooling(folder: Path) -> Head:
+    path = folder / POOLING_FILE
+    if not path.is_file():
+        return "mean"
+    given = storage.read_json(str(path))
+    chosen = [name for name, value in given.items() if name.startswith("pooling_mode_") and value is True]
+    if len(chosen) != 1 or chosen[0] not in POOLING:
+        raise ModelError(f"{path} asks for {', '.join(chosen) or 'nothing'}; known are {', '.join(POOLING)}")
+    return POOLING[chosen[0]]
 
 
 def _loaded(folder: Path, serving: ServingSettings, head: Head) -> dict[str, Any]:
@@ -197,16 +232,35 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _module(folder: Path, head: Head) -> nn.Module:
-    """The model in fp32, ready for inference. Raises ModelError."""
+    """The model in fp32, ready for inference: `input_ids` and `attention_mask` in, one tensor out, which is also
+    what a tracer can follow. Raises ModelError."""
+    import torch
     import transformers
 
-    auto_class = getattr(transformers, f"AutoModelFor{head}")
+    kind = KINDS.get(head)
+    auto_class = getattr(transformers, f"AutoModelFor{head}" if kind else "AutoModel")
     try:
         model: nn.Module = auto_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # transformers raises anything from OSError to KeyError here
-        kind = {"SequenceClassification": "sequence", "TokenClassification": "token"}[head]
-        raise ModelError(f"{folder} does not load as a {kind} classifier: {error}") from error
-    return model.eval()
+        raise ModelError(f"{folder} does not load as {kind or 'an encoder'}: {error}") from error
+
+    class Answering(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            answer = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            if kind:
+                logits: torch.Tensor = answer.logits
+                return logits
+            hidden: torch.Tensor = answer.last_hidden_state.float()
+            if head == "cls":
+                return hidden[:, 0]
+            mask = attention_mask.unsqueeze(-1).float()
+            return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+
+    return Answering().eval()
 
 
 def _torch(folder: Path, head: Head, precision: str, threads: int, gpu: bool) -> Forward:
@@ -224,8 +278,8 @@ def _torch(folder: Path, head: Head, precision: str, threads: int, gpu: bool) ->
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, precision == "bf16"):
             inputs = {"input_ids": input_ids, "attention_mask": mask}
             tensors = {name: torch.from_numpy(array).to(device) for name, array in inputs.items()}
-            logits: torch.Tensor = model(**tensors).logits
-        return logits.float().cpu().numpy()
+            answer: torch.Tensor = model(**tensors)
+        return answer.float().cpu().numpy()
 
     return forward
 
@@ -262,6 +316,7 @@ def _graph(folder: Path, head: Head) -> openvino.Model | Path:
 
     key = {p.name: storage.checksum(str(p)) for p in sorted(folder.glob("*.safetensors"))}
     key["config.json"] = storage.checksum(str(folder / "config.json"))
+    key["head"] = head
     key |= {package: version(package) for package in ("openvino", "transformers")}
     home = storage.PROJECT / ".whorl" / "cache" / "openvino" / storage.fingerprint(key)
     if storage.published(str(home)):
@@ -279,18 +334,7 @@ def _convert(folder: Path, head: Head) -> openvino.Model:
     import openvino
     import torch
 
-    class Logits(torch.nn.Module):
-        """Tensors in, one tensor out: what the tracer can follow."""
-
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-            return logits
-
-    model = Logits(_module(folder, head))
+    model = _module(folder, head)
     # Two rows and more tokens than one, so that the tracer takes neither axis for a constant.
     example = {name: torch.ones(2, 16, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
     try:

@@ -36,6 +36,30 @@ class Answer:
     """The model ended its turn; else it was cut at the tokens it was given."""
 
 
+def prompt_of(tokenizer: Any, turns: Sequence[Message]) -> list[int]:
+    """Token ids of a dialogue up to where the assistant is to speak. Raises RequestError."""
+    try:
+        found = tokenizer.apply_chat_template(
+            list(turns), tokenize=True, add_generation_prompt=True, return_dict=True
+        )
+    except Exception as error:  # what a template raises is its own
+        why = " ".join(str(error).split())
+        raise RequestError(
+            f"the model's chat template refuses these messages: {why}", param="messages"
+        ) from None
+    return list(found["input_ids"])
+
+
+def check_prompt(prompt: Sequence[int], context: int) -> None:
+    """Raises RequestError for a prompt that leaves no room for an answer among `context` tokens."""
+    if len(prompt) >= context:
+        raise RequestError(
+            f"the messages have {len(prompt)} tokens and the model reads {context}; shorten them",
+            param="messages",
+            code="context_length_exceeded",
+        )
+
+
 @dataclass
 class Generator:
     """Not for use by two threads at once."""
@@ -55,25 +79,11 @@ class Generator:
 
     def prompt(self, turns: Sequence[Message]) -> list[int]:
         """Token ids of a dialogue up to where the assistant is to speak. Raises RequestError."""
-        try:
-            found = self.tokenizer.apply_chat_template(
-                list(turns), tokenize=True, add_generation_prompt=True, return_dict=True
-            )
-        except Exception as error:  # what a template raises is its own
-            why = " ".join(str(error).split())
-            raise RequestError(
-                f"the model's chat template refuses these messages: {why}", param="messages"
-            ) from None
-        return list(found["input_ids"])
+        return prompt_of(self.tokenizer, turns)
 
     def check(self, prompt: Sequence[int]) -> None:
         """Raises RequestError for a prompt that leaves no room for an answer in the model's context."""
-        if len(prompt) >= self.context:
-            raise RequestError(
-                f"the messages have {len(prompt)} tokens and the model reads {self.context}; shorten them",
-                param="messages",
-                code="context_length_exceeded",
-            )
+        check_prompt(prompt, self.context)
 
     def answers(
         self,

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ray.data import DataContext
 
 SAY_SECONDS = 15
+
+
+def data_context() -> DataContext:
+    """Ray Data's settings as they are now, but bars on a terminal alone, and silence elsewhere."""
+    from ray.data import DataContext
+
+    # The log tells of plans, and tells every exception twice before it is raised.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = sys.stdout.isatty()
+    context.enable_rich_progress_bars = True
+    context.use_ray_tqdm = False
+    return context
 
 
 class Progress:

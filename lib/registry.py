@@ -240,7 +240,14 @@ def note(ref: ModelRef, **tags: str) -> None:
 @contextmanager
 def open_version(ref: ModelRef) -> Iterator[Path]:
     """A version as a local directory, its files verified. Raises ModelError when they are not as registered."""
-    with storage.local_copy(ref.uri) as folder:
+    with open_directory(ref.uri) as folder:
+        yield folder
+
+
+@contextmanager
+def open_directory(uri: str) -> Iterator[Path]:
+    """The same by the version's place, where another process may keep its files elsewhere."""
+    with storage.local_copy(uri) as folder:
         verify(folder)
         yield folder
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -39,6 +40,11 @@ def uri(path: str | Path) -> str:
     if "://" in text:
         return text.rstrip("/")
     return "file://" + str(Path(text).expanduser().absolute())
+
+
+def display(path: str) -> str:
+    """A URI as messages show it: without `file://`, and without a password."""
+    return re.sub(r"://[^/@]+@", "://***@", path).removeprefix("file://")
 
 
 def join(base: str, *parts: str) -> str:

@@ -20,6 +20,7 @@ from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
 from lib.base_models import base_directory
 from lib.errors import ConfigError, ModelError, WhorlError
 from lib.registry import parse_reference
+from lib.settings import ChatEngineSettings
 
 logger = logging.getLogger("ray.serve")
 
@@ -57,6 +58,20 @@ def checked(folder: Path, ref: ModelRef) -> Path:
     if given.get("use_dora"):
         raise ModelError(f"{ref} was trained with DoRA, which vLLM does not add to a base; serve it alone")
     return adapter
+
+
+def adapter_arguments(chat: ChatEngineSettings, folder: Path | None) -> dict[str, Any]:
+    """What vLLM is told of adapters, the first version's directory being `folder`; nothing when there are none."""
+    if not chat.adapters:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_loras": chat.max_adapters,
+        "max_lora_rank": chat.max_adapter_rank,
+        # What the version says of chats holds for the base too: template, end of a turn.
+        "tokenizer": str(folder),
+        "generation_config": str(folder),
+    }
 
 
 class Names:

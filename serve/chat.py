@@ -6,14 +6,18 @@
     client.chat.completions.create(model="support", messages=[{"role": "user", "content": "…"}], stream=True)
 
 Two deployments. `Chat`, the ingress, checks a request and turns every mistake into OpenAI's form of an error;
-`Engine` holds one version's vLLM and its processes. Another champion is another argument of both, so that
+`Engine` holds one version's vLLM and its processes. With `serving.knowledge` the ingress grounds a conversation in an
+index first, and answers bear `citations`: the whole answer, or the part of a stream that ends it. Another champion is another argument of both, so that
 `serve.deploy` replaces them, replica by replica: with one, nobody is answered until the new engine has started.
 """
 
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
 
 import asyncio
+import json
 import logging
+import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from http import HTTPStatus
@@ -21,28 +25,36 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import ray
 from fastapi import Depends, FastAPI, Request
 from ray import serve as ray_serve
-from ray.llm._internal.serve.core.configs.openai_api_models import ModelCard, ModelList, OpenAIHTTPException
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    ModelCard,
+    ModelList,
+    OpenAIHTTPException,
+)
+from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.generate.base.protocol import StreamOptions
 
-from lib import registry, tracking
+from lib import registry
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
 from lib.errors import ConfigError, RequestError
 from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
+from lib.vllm_engine import engine_arguments, engine_name, environment, on_gpu, worker_bundle
 from serve import logs
 from serve.access import guard
-from serve.adapters import BASE, Adapters, Names, base_of
+from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit, overloaded
+from serve.grounding import Grounding
 from serve.http import Ready, create_app, error_response, request_id
 from serve.observing import observe
 from serve.recording import record
@@ -51,7 +63,6 @@ from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
-CPU_KV_CACHE_GIB = 1.0
 MOST_STOPS, MOST_ANSWERS = 64, 128
 
 
@@ -126,6 +137,8 @@ class Chat(OpenAiIngress):
         self._adapters = None if ref else Names(references(serving), served_refs(serving))
         self._names = self._adapters.all() if self._adapters else names
         """What a request may call the model; the first is the one that answers bear."""
+        knowledge, length = serving.knowledge, serving.chat.max_model_len
+        self._grounding = Grounding.of(knowledge, self._first(), length) if knowledge else None
 
     def ready(self) -> Ready:
         # Ray Serve calls the application running when the engine is, and this deployment with it.
@@ -168,6 +181,18 @@ class Chat(OpenAiIngress):
             code="model_not_found",
         )
 
+    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+        if self._grounding is not None:
+            body.model, request.state.model = self._meant(body.model)
+            body = _sanitize_chat_completion_request(body)
+            limit = body.max_completion_tokens or body.max_tokens
+            grounded = await self._grounding.ground(body.messages, limit)
+            if grounded.answer is not None:
+                return said(grounded.answer, body)
+            body.messages, request.state.citations = grounded.messages, grounded.citations
+        response: Response = await super().chat(body, request)
+        return response
+
     async def _get_response(
         self, *, body: Any, raw_request: Request | None = None, **rest: Any
     ) -> AsyncIterator[Any]:
@@ -185,7 +210,10 @@ class Chat(OpenAiIngress):
         state.model = version
         async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
             parts = part if isinstance(part, list) else [part]
-            shown = [seen for one in parts if (seen := usage.passed(one)) is not None]
+            citations = getattr(state, "citations", None)
+            shown = [
+                with_citations(seen, citations) for one in parts if (seen := usage.passed(one)) is not None
+            ]
             state.tokens = usage.tokens
             if shown:
                 yield shown if isinstance(part, list) else shown[0]
@@ -224,6 +252,41 @@ def check_amounts(body: Any) -> None:
         raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
 
 
+def with_citations(part: Any, citations: list[dict[str, Any]] | None) -> Any:
+    """A part of an answer with `citations`, where it is the whole of it or what ends one of a stream's choices."""
+    if citations is None:
+        return part
+    if not isinstance(part, str):
+        if isinstance(part, ChatCompletionResponse):
+            part.citations = citations
+        return part
+    if not part.startswith("data: {"):
+        return part
+    found = json.loads(part.removeprefix("data: "))
+    if not any(choice.get("finish_reason") for choice in found.get("choices", [])):
+        return part
+    return f"data: {json.dumps(found | {'citations': citations})}\n\n"
+
+
+def said(answer: str, body: ChatCompletionRequest) -> Response:
+    """An answer that no engine gave, in the form that was asked for."""
+    head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
+    usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    message = {"role": "assistant", "content": answer}
+    if not body.stream:
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}
+        whole = {"object": "chat.completion", "choices": [choice], "usage": usage, "citations": []}
+        return JSONResponse(head | whole)
+    head |= {"object": "chat.completion.chunk"}
+    choices = [{"index": 0, "delta": message, "finish_reason": None}]
+    ends = [{"index": 0, "delta": {}, "finish_reason": "stop"}]
+    parts = [head | {"choices": choices}, head | {"choices": ends, "citations": []}]
+    if body.stream_options and body.stream_options.include_usage:
+        parts.append(head | {"choices": [], "usage": usage})
+    events = [*(f"data: {json.dumps(part)}\n\n" for part in parts), "data: [DONE]\n\n"]
+    return StreamingResponse(iter(events), media_type="text/event-stream")
+
+
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpenAIHTTPException)
     status = HTTPStatus(error.status_code)
@@ -232,14 +295,6 @@ async def _engine_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _full(request: Request, error: Exception) -> Response:
     return overloaded()
-
-
-def on_gpu(serving: ServingSettings) -> bool:
-    return serving.gpus_per_replica > 0
-
-
-def engine_name(serving: ServingSettings) -> str:
-    return f"vllm {serving.chat.dtype} on {'GPU' if on_gpu(serving) else 'CPU'}"
 
 
 def references(serving: ServingSettings) -> list[str]:
@@ -262,50 +317,18 @@ def engine_config(
 
     Raises ConfigError for GPUs that cannot be divided among the workers.
     """
-    chat, gpu = serving.chat, on_gpu(serving)
-    bundle: dict[str, float] = {"CPU": serving.cpus_per_replica / chat.tensor_parallel}
-    engine: dict[str, Any] = {
-        "dtype": chat.dtype,
-        "load_format": "safetensors",
-        "use_tqdm_on_load": False,
-        "max_num_seqs": chat.max_num_seqs,
-        "tensor_parallel_size": chat.tensor_parallel,
-        "enforce_eager": not gpu if chat.enforce_eager is None else chat.enforce_eager,
-    }
-    if chat.max_model_len is not None:
-        engine["max_model_len"] = chat.max_model_len
-    if chat.adapters:
-        engine |= {
-            "enable_lora": True,
-            "max_loras": chat.max_adapters,
-            "max_lora_rank": chat.max_adapter_rank,
-            # What the version says of chats holds for the base too: template, end of a turn.
-            "tokenizer": str(folder),
-            "generation_config": str(folder),
-        }
-    kv_cache_gib = chat.kv_cache_gib or (None if gpu else CPU_KV_CACHE_GIB)
-    if kv_cache_gib is not None:
-        engine["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-    if gpu:
-        bundle["GPU"] = serving.gpus_per_replica / chat.tensor_parallel
-        if bundle["GPU"] > 1:
-            raise ConfigError(
-                f"serving.gpus_per_replica {serving.gpus_per_replica:g} for {chat.tensor_parallel} worker(s): "
-                f"each can use one GPU at most; set serving.chat.tensor_parallel {serving.gpus_per_replica:g}"
-            )
-        engine["gpu_memory_utilization"] = chat.gpu_memory
     return LLMConfig(
         model_loading_config={
-            "model_id": BASE if chat.adapters else ref.name,
+            "model_id": BASE if serving.chat.adapters else ref.name,
             "model_source": str(base or folder or ref.name),
         },
-        accelerator_config={"kind": "gpu" if gpu else "cpu"},
-        placement_group_config={"bundle_per_worker": bundle},
-        engine_kwargs=engine | chat.options,
-        experimental_configs={"stream_batching_interval_ms": chat.stream_interval_ms},
-        runtime_env={"env_vars": _environment(serving)},
+        accelerator_config={"kind": "gpu" if on_gpu(serving) else "cpu"},
+        placement_group_config={"bundle_per_worker": worker_bundle(serving)},
+        engine_kwargs=adapter_arguments(serving.chat, folder) | engine_arguments(serving),
+        experimental_configs={"stream_batching_interval_ms": serving.chat.stream_interval_ms},
+        runtime_env={"env_vars": environment(serving)},
         deployment_config={
-            **size(serving, chat.target_tokens),
+            **size(serving, serving.chat.target_tokens),
             "max_ongoing_requests": serving.max_ongoing_requests,
             "max_queued_requests": serving.max_queued_requests,
             # The first worker's bundle holds the replica too.
@@ -313,21 +336,6 @@ def engine_config(
             "logging_config": logs.config(serving.logs).model_dump(),
         },
     )
-
-
-def _environment(serving: ServingSettings) -> dict[str, str]:
-    given = ray.get_runtime_context().runtime_env.get("env_vars", {}) if ray.is_initialized() else {}
-    found = {
-        **tracking.places(),
-        **given,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    if serving.threads is not None and not on_gpu(serving):
-        # Else vLLM binds threads to all cores but one, which it leaves to its scheduler.
-        found |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(serving.threads)}
-    return found | serving.chat.environment
 
 
 def application(args: Arguments) -> ray_serve.Application:

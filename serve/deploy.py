@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
-from lib.errors import ModelError, ResourceError
+from lib.errors import ConfigError, ModelError, ResourceError
 from lib.registry import parse_reference
+from lib.retrieval.index import current
 from lib.settings import ServingSettings, Settings
 from lib.tasks import load_task, served_as
 
@@ -40,6 +41,7 @@ def deploy(settings: Settings) -> str:
     """
     ref = registry.resolve(*parse_reference(_reference(settings)))
     _check_task(ref, settings)
+    _check_knowledge(settings)
     if not (os.environ.get("RAY_ADDRESS") or command.running_cluster() or _connected()):
         raise ResourceError("no cluster is up to deploy to; python -m cluster.local up starts one")
     command.connect()
@@ -93,6 +95,15 @@ def _check_task(ref: ModelRef, settings: Settings) -> None:
         raise ModelError(
             f"{ref} is a {task} model, but task is {settings.task}; choose another serving.model"
         )
+
+
+def _check_knowledge(settings: Settings) -> None:
+    knowledge = settings.serving.knowledge
+    if knowledge is None:
+        return
+    if served_as(settings) != "chat":
+        raise ConfigError(f"serving.knowledge: only chat is grounded, not {settings.task}; leave it out")
+    current(knowledge.index)
 
 
 def _connected() -> bool:

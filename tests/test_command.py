@@ -33,6 +33,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         "jobs.promote",
         "jobs.curate",
         "jobs.score",
+        "jobs.index",
         "jobs.pipeline",
         "serve.deploy",
     ],

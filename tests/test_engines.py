@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import tracking
-from lib.engines import like_lengths, load_encoder, rounded
+from lib import storage, tracking
+from lib.engines import like_lengths, load_encoder, load_sentence_encoder, rounded
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings
 
@@ -108,3 +108,38 @@ def test_broken_weights_are_one_line(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ModelError, match="does not load"):
         load_encoder(tmp_path, ServingSettings())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_sentence_vectors_are_pooled_as_sentence_transformers_does(
+    tiny_base: Path, tmp_path: Path, engine: str, pooling: str
+) -> None:
+    import shutil
+
+    import torch
+    from transformers import AutoModel
+
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_base, folder)
+    (folder / "1_Pooling").mkdir()
+    modes = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+    storage.write_json(str(folder / "1_Pooling" / "config.json"), {"word_embedding_dimension": 32, **modes})
+    rows = rows_of([3, 40, 7, 1])
+    encoder = load_sentence_encoder(folder, ServingSettings(engine=engine, precision="fp32"))  # type: ignore[arg-type]
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        hidden = [model(torch.from_numpy(row.astype(np.int64))[None]).last_hidden_state[0] for row in rows]
+    wanted = torch.stack([h.mean(0) if pooling == "mean" else h[0] for h in hidden])
+    wanted = torch.nn.functional.normalize(wanted, dim=1)
+    np.testing.assert_allclose(encoder.vectors(rows), wanted.numpy(), atol=2e-4)
+
+
+def test_a_pooling_that_is_not_known_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_base, folder)
+    storage.write_json(str(folder / "1_Pooling" / "config.json"), {"pooling_mode_max_tokens": True})
+    with pytest.raises(ModelError, match="asks for pooling_mode_max_tokens; known are"):
+        load_sentence_encoder(folder, ServingSettings())

@@ -137,3 +137,8 @@ def test_find_takes_files_globs_and_folders(place: str) -> None:
         assert file.read() == b"x,y\n"
     with pytest.raises(StorageError, match="does not exist"), files.open_file(files.join(place, "absent")):
         pass
+
+
+def test_no_message_shows_a_password() -> None:
+    assert files.display("ftp://me:secret@host/a.csv") == "ftp://***@host/a.csv"
+    assert files.display("file:///data/a.csv") == "/data/a.csv"

@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lib import storage, tracking
-from lib.data import sources
 from lib.data.mix import mix
 from lib.data.passes import Scanned, Written, find_duplicates, scan, write
 from lib.data.plan import SOURCES, Plan
@@ -95,7 +94,7 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
         # Workers on other machines write to their own disk when the storage root is a plain local path.
         if len([f for f in storage.ls(storage.join(uri, split)) if f in count.shards]) < len(count.shards):
             raise DataError(
-                f"{sources.display(uri)} lacks shards that workers wrote; WHORL_STORAGE must be a place "
+                f"{storage.display(uri)} lacks shards that workers wrote; WHORL_STORAGE must be a place "
                 f"that all machines of the cluster share"
             )
 

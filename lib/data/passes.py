@@ -7,7 +7,6 @@ wrong with the data: it is counted, so that the job can report the first problem
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from lib.data.blocks import Block, Reading
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
 from lib.labels import MISSING, Unknown
+from lib.progress import data_context
 from lib.settings import DataSettings, Settings
 from lib.tasks import Prepared, UnencodableError, load_task
 
@@ -189,11 +189,9 @@ def packed_blocks(reading: Reading, name: str) -> ray.data.Dataset:
 
 
 def _context() -> ray.data.DataContext:
-    """Ray Data's settings for both passes: bars on a terminal, silence elsewhere."""
-    # The log tells of plans, and tells every exception twice before it is raised.
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    """Ray Data's settings for both passes."""
     warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
-    context = ray.data.DataContext.get_current().copy()
+    context = data_context()
     context.target_max_block_size = RAY_BLOCK_BYTES
     # Readers are faster than the tokeniser: without a limit they would fill the object store.
     context.execution_options.resource_limits = ray.data.ExecutionResources(
@@ -201,9 +199,6 @@ def _context() -> ray.data.DataContext:
     )
     # By default a map task of the shuffle takes 1 GiB of hashes at once.
     context.shuffle_input_batch_bytes = SHUFFLE_BYTES
-    context.enable_progress_bars = sys.stdout.isatty()
-    context.enable_rich_progress_bars = True
-    context.use_ray_tqdm = False
     return context
 
 

@@ -13,11 +13,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,18 +25,24 @@ import pyarrow.parquet as pq
 
 from lib import storage, tracking
 from lib.data import blocks, sources
-from lib.data.blocks import Reading
+from lib.data.blocks import Block, Reading
 from lib.data.readers import column_names
 from lib.errors import ConfigError, DataError
 from lib.settings import Settings
-from lib.tasks import Task, load_task, scores_files, served_as
+from lib.tasks import Asked, Task, load_task, scores_files, served_as
+
+if TYPE_CHECKING:
+    import ray.data
 
 # Part of every fingerprint. Raise it when the same input would give other files.
 FORMAT = 1
-MANIFEST = "manifest.json"
+# Readers of Parquet, ours too, leave out what begins with an underscore.
+MANIFEST = "_manifest.json"
 # Rows that the predictor is given at a time: enough that batches of like lengths can be formed.
 ROWS_AT_ONCE = 512
 BAD_SHOWN = 20
+# Before the names of the columns of `score.keep` on their way, where others have names of their own.
+KEPT = "keep:"
 SAY_SECONDS = 10
 
 OpenModel = Callable[[], AbstractContextManager[Path]]
@@ -56,6 +62,8 @@ class Planned:
     """Of the files, in order."""
     uri: str
     fingerprint: str
+    engine: Literal["predictor", "vllm"] = "predictor"
+    """What computes the answers: the task's own predictor, or vLLM in its place."""
 
     def manifest(self) -> dict[str, Any] | None:
         """What lies there already, of the same input and model.
@@ -67,12 +75,12 @@ class Planned:
             if found.get("fingerprint") == self.fingerprint:
                 return found
             raise ConfigError(
-                f"score.output: {sources.display(self.uri)} holds the scores of another input or model "
+                f"score.output: {storage.display(self.uri)} holds the scores of another input or model "
                 f"({found.get('fingerprint')}); give another folder"
             )
         if self.settings.score.output and storage.ls(self.uri):
             raise ConfigError(
-                f"score.output: {sources.display(self.uri)} holds files already; give a folder that is not there"
+                f"score.output: {storage.display(self.uri)} holds files already; give a folder that is not there"
             )
         return None
 
@@ -94,7 +102,7 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
         raise ConfigError(
             f"score.keep: {taken.pop()!r} is the name of a column of the scores; choose another"
         )
-    columns = {**inputs, **wanted.keep}
+    columns = {**inputs, **{KEPT + name: column for name, column in wanted.keep.items()}}
     keys = {f"columns.{name}": column for name, column in inputs.items()}
     kept = {f"keep.{name}": column for name, column in wanted.keep.items()}
     with ThreadPoolExecutor(8) as pool:
@@ -102,10 +110,12 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
             sources.check_columns(file, keys, present)
             sources.check_columns(file, kept, present, section="score")
         checksums = tuple(pool.map(storage.checksum, [file.uri for file in files]))
+    engine = _engine(settings, task)
     identity = {
         "format": FORMAT,
         "model": [model, digest],
         "engine": [
+            engine,
             settings.serving.engine,
             settings.serving.precision,
             settings.serving.gpus_per_replica > 0,
@@ -122,7 +132,21 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
     folder = wanted.output or storage.join(storage.root(), "scores", settings.name, fingerprint)
     lists = load_task(task).LISTS.intersection(inputs)
     reading = Reading(tuple(files), columns, lists, wanted.rows_per_shard, wanted.limit)
-    return Planned(settings, task, model, reading, checksums, storage.uri(folder), fingerprint)
+    return Planned(settings, task, model, reading, checksums, storage.uri(folder), fingerprint, engine)
+
+
+def _engine(settings: Settings, task: str) -> Literal["predictor", "vllm"]:
+    if task != "chat" or settings.score.engine == "transformers":
+        return "predictor"
+    from lib.data import scoring_vllm
+
+    if scoring_vllm.available():
+        return "vllm"
+    if settings.score.engine == "vllm":
+        raise ConfigError(
+            "score.engine vllm: it is not installed, or WHORL_STORAGE is no disk; take transformers"
+        )
+    return "predictor"
 
 
 def run(planned: Planned, open_model: OpenModel, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -156,12 +180,31 @@ class Total:
 
 
 def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[str], None]) -> Total:
+    from lib.data.passes import rows_of
+
+    total, said = Total(0, [], 0, {}, Counter(), [], ""), time.monotonic()
+    with ExitStack() as files:
+        if planned.engine == "vllm":
+            from lib.data import scoring_vllm
+
+            counts = scoring_vllm.answered(planned, files.enter_context(open_model()), uri)
+        else:
+            counts = _by_predictor(planned, open_model, uri)
+        for row in rows_of(counts):
+            _add(total, json.loads(row["counts"]))
+            if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
+                said = time.monotonic()
+                say(f"scored {total.rows:,} rows")
+    return total
+
+
+def _by_predictor(planned: Planned, open_model: OpenModel, uri: str) -> ray.data.Dataset:
     import ray.data
 
-    from lib.data.passes import packed_blocks, rows_of
+    from lib.data.passes import packed_blocks
 
     settings = planned.settings
-    counts = packed_blocks(planned.reading, "score").map_batches(
+    return packed_blocks(planned.reading, "score").map_batches(
         Scorer,
         fn_constructor_args=(planned, open_model, uri),
         batch_size=1,
@@ -170,26 +213,70 @@ def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[st
         num_cpus=settings.serving.cpus_per_replica,
         num_gpus=settings.serving.gpus_per_replica,
     )
-    total, said = Total(0, [], 0, {}, Counter(), [], ""), time.monotonic()
-    for row in rows_of(counts):
-        _add(total, json.loads(row["counts"]))
-        if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
-            said = time.monotonic()
-            say(f"scored {total.rows:,} rows")
-    return total
 
 
 def _add(total: Total, block: dict[str, Any]) -> None:
-    if block["problem"]:
-        raise DataError(block["problem"])
     total.rows += block["rows"]
     total.bad_rows += block["bad_rows"]
     total.bad += [(position, why) for position, why in block["bad"]]
     total.files.update({int(index): rows for index, rows in block["files"].items()})
     for name, counts in block["tallies"].items():
         total.tallies.setdefault(name, Counter()).update(counts)
-    total.shards += [block["shard"]] if block["shard"] else []
-    total.engine = block["engine"] or total.engine
+    total.shards.append(block["shard"])
+    total.engine = block["engine"]
+
+
+def shard_name(block: Block) -> str:
+    return f"part-{block.fragment:05d}-{block.number:05d}.parquet"
+
+
+def asked_of(planned: Planned, rows: pa.Table) -> Asked:
+    """What is asked of a block's rows."""
+    names = [name for name in planned.reading.columns if not name.startswith(KEPT)]
+    inputs = {name: blocks.flat(rows[name]) for name in names}
+    return load_task(planned.task).ask(inputs, planned.settings.data)
+
+
+def kept_of(planned: Planned, rows: pa.Table) -> dict[str, pa.Array]:
+    """The columns of a block that are carried into its shard."""
+    return {name: blocks.flat(rows[KEPT + name]) for name in planned.settings.score.keep}
+
+
+def write_shard(
+    planned: Planned,
+    uri: str,
+    shard: str,
+    positions: np.ndarray,
+    kept: dict[str, pa.Array],
+    asked: pa.Table,
+    answers: pa.Table,
+    bad: dict[int, str],
+) -> dict[str, Any]:
+    """Write a block's rows and answers, all of one length; what they come to, for `Total`."""
+    if taken := kept.keys() & {*asked.column_names, *answers.column_names}:
+        raise ConfigError(
+            f"score.keep: {sorted(taken)[0]!r} is the name of a column of the scores; choose another"
+        )
+    files, numbers = positions >> blocks.ROW_BITS, positions & ((1 << blocks.ROW_BITS) - 1)
+    table = pa.table(
+        {"file": pa.array([planned.reading.files[i].name for i in files], pa.string())}
+        | {"row": pa.array(numbers + 1, pa.int64()), **kept}
+        | {name: asked[name] for name in asked.column_names}
+        | {name: answers[name] for name in answers.column_names}
+        | {"problem": pa.array([bad.get(i) for i in range(len(positions))], pa.string())}
+    )
+    with storage.open_file(storage.join(uri, shard), "wb") as file:
+        pq.write_table(table, file, compression="zstd")
+    found, file_rows = np.unique(files, return_counts=True)
+    good = pa.array([i for i in range(len(positions)) if i not in bad], pa.int64())
+    return {
+        "shard": shard,
+        "rows": len(positions),
+        "bad_rows": len(bad),
+        "bad": [(int(positions[i]), bad[i]) for i in sorted(bad)[:BAD_SHOWN]],
+        "files": dict(zip(found.tolist(), file_rows.tolist(), strict=True)),
+        "tallies": load_task(planned.task).tally(answers.take(good)),
+    }
 
 
 class Scorer:
@@ -201,68 +288,35 @@ class Scorer:
         self._predictor: Any = None
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        """A packed block → one row `counts`, JSON."""
-        block = blocks.from_row(row, list(self._planned.reading.columns))
-        counts: dict[str, Any] = {
-            "problem": block.problem, "rows": block.rows.num_rows, "bad": [], "bad_rows": 0,
-            "files": {}, "tallies": {}, "shard": None, "engine": None,
-        }  # fmt: skip
-        if block.rows.num_rows:
-            shard = f"part-{block.fragment:05d}-{block.number:05d}.parquet"
-            table = self._answered(block.rows, counts)
-            with storage.open_file(storage.join(self._uri, shard), "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-            counts["shard"] = shard
+        """A packed block → one row `counts`, JSON, of what `write_shard` gives."""
+        planned = self._planned
+        block = blocks.from_row(row, list(planned.reading.columns))
+        if block.problem:
+            raise DataError(block.problem)
+        if not block.rows.num_rows:
+            return pa.table({"counts": pa.array([], pa.string())})
+        asked = asked_of(planned, block.rows)
+        answers, bad = self._answers(asked)
+        positions = block.rows[blocks.POSITION].to_numpy()
+        kept = kept_of(planned, block.rows)
+        counts = write_shard(planned, self._uri, shard_name(block), positions, kept, asked.rows, answers, bad)
+        counts["engine"] = getattr(self._predictor, "encoder", self._predictor).name
         return pa.table({"counts": [json.dumps(counts)]})
 
-    def _answered(self, rows: pa.Table, counts: dict[str, Any]) -> pa.Table:
-        """The block's shard; what it comes to goes into `counts`."""
-        keep, reading = self._planned.settings.score.keep, self._planned.reading
-        inputs = {name: blocks.flat(rows[name]) for name in reading.columns if name not in keep}
-        asked = self._task.ask(inputs, self._planned.settings.data)
-        bad = dict(asked.bad)
-        good = [i for i in range(rows.num_rows) if i not in bad]
-        answers = self._answers([asked.inputs[i] for i in good], good, bad, counts)
-        positions = rows[blocks.POSITION].to_numpy()
-        files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
-        counts["files"] = dict(zip(files.tolist(), file_rows.tolist(), strict=True))
-        counts["bad_rows"] = len(bad)
-        counts["bad"] = [(int(positions[i]), bad[i]) for i in sorted(bad)[:BAD_SHOWN]]
-        numbers = positions & ((1 << blocks.ROW_BITS) - 1)
-        table = pa.table(
-            {
-                "file": pa.array([reading.files[i].name for i in positions >> blocks.ROW_BITS], pa.string()),
-                "row": pa.array(numbers + 1, pa.int64()),
-            }
-            | {name: blocks.flat(rows[name]) for name in keep}
-            | {name: asked.rows[name] for name in asked.rows.column_names}
-        )
-        if taken := keep.keys() & {*asked.rows.column_names, *answers.column_names}:
-            raise ConfigError(
-                f"score.keep: {sorted(taken)[0]!r} is the name of a column of the scores; choose another"
-            )
-        for name in answers.column_names:
-            table = table.append_column(name, answers[name])
-        problems = pa.array([bad.get(i) for i in range(rows.num_rows)], pa.string())
-        return table.append_column("problem", problems)
-
-    def _answers(
-        self, inputs: list[Any], places: list[int], bad: dict[int, str], counts: dict[str, Any]
-    ) -> pa.Table:
-        """Answers in the rows `places`, nulls in all others; rows that the model refuses are added to `bad`."""
+    def _answers(self, asked: Asked) -> tuple[pa.Table, dict[int, str]]:
+        """Answers to all rows, nulls to bad ones, and which those are: the model may refuse some more."""
         predictor, settings = self._loaded(), self._planned.settings.score
-        counts["engine"] = getattr(predictor, "encoder", predictor).name
-        tables, fine = [], []
-        for start in range(0, max(len(inputs), 1), ROWS_AT_ONCE):  # once with none, for the columns
-            table, refused = self._task.score(predictor, inputs[start : start + ROWS_AT_ONCE], settings)
-            bad |= {places[start + i]: why for i, why in refused.items()}
+        size, bad = len(asked.inputs), dict(asked.bad)
+        places = [i for i in range(size) if i not in bad]
+        tables = []
+        for start in range(0, max(len(places), 1), ROWS_AT_ONCE):  # once with none, for the columns
+            some = places[start : start + ROWS_AT_ONCE]
+            table, refused = self._task.score(predictor, [asked.inputs[i] for i in some], settings)
+            bad |= {some[i]: why for i, why in refused.items()}
             tables.append(table)
-            fine += [start + i for i in range(len(table)) if i not in refused]
-        answers = pa.concat_tables(tables)
-        counts["tallies"] = self._task.tally(answers.take(pa.array(fine, pa.int64())))
-        index = np.full(max([*places, *bad, -1]) + 1, -1)
+        index = np.full(size, -1)
         index[places] = np.arange(len(places))
-        return answers.take(pa.array(index, mask=index < 0))
+        return pa.concat_tables(tables).take(pa.array(index, mask=index < 0)), bad
 
     def _loaded(self) -> Any:
         # Loaded here, not above: an error in a call reaches the job as itself, with its one line.
@@ -290,7 +344,7 @@ def _check(planned: Planned, total: Total, uri: str) -> None:
     # Workers on other machines write to their own disk when the folder is a plain local path.
     if set(total.shards) - set(storage.ls(uri)):
         raise DataError(
-            f"{sources.display(uri)} lacks shards that workers wrote; it must be a place that all machines of the "
+            f"{storage.display(uri)} lacks shards that workers wrote; it must be a place that all machines of the "
             "cluster share"
         )
 

@@ -7,7 +7,6 @@ answers at once.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -71,10 +70,6 @@ class SourceFile:
     """The split that all its rows belong to; None where they are divided among the splits."""
 
 
-def display(uri: str) -> str:
-    return re.sub(r"://[^/@]+@", "://***@", uri).removeprefix("file://")
-
-
 def find_files(
     sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "data.source"
 ) -> list[SourceFile]:
@@ -106,10 +101,10 @@ def _files_of(source: str, kind: str, split: str | None, key: str) -> list[Sourc
         known = [(uri, (kind, kind != "parquet" and uri.lower().endswith(".gz"))) for uri in uris]
     if not known:
         raise ConfigError(
-            f"{key}: cannot tell the format of {display(uris[0])} from its ending; "
+            f"{key}: cannot tell the format of {storage.display(uris[0])} from its ending; "
             f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set {key.partition('.')[0]}.format"
         )
-    names = [source if is_sample(source) and len(known) == 1 else display(uri) for uri, _ in known]
+    names = [source if is_sample(source) and len(known) == 1 else storage.display(uri) for uri, _ in known]
     return [
         SourceFile(uri, *found, storage.size(uri), name, split)
         for (uri, found), name in zip(known, names, strict=True)
@@ -129,7 +124,7 @@ def file_format(uri: str) -> tuple[str, bool] | None:
 
 
 def _why_nothing(source: str) -> str:
-    shown = display(storage.uri(source))
+    shown = storage.display(storage.uri(source))
     if any(c in source for c in "*?["):
         return f"no file matches {shown}"
     if storage.exists(source):

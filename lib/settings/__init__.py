@@ -15,6 +15,7 @@ from lib.settings.evaluation import (
     JudgeSettings,
     PromotionSettings,
 )
+from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
@@ -50,8 +51,10 @@ __all__ = [
     "Dimension",
     "EvaluationSettings",
     "EventSettings",
+    "GroundingSettings",
     "HeadSettings",
     "JudgeSettings",
+    "KnowledgeSettings",
     "Labelled",
     "LogSettings",
     "ModelSettings",
@@ -60,6 +63,7 @@ __all__ = [
     "PreferenceSettings",
     "PromotionSettings",
     "ScoreSettings",
+    "SearchSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",

@@ -33,6 +33,11 @@ RESERVED_COLUMNS = {
     "length",
     "truncated",
     "row",
+    # Of the blocks in which rows travel (lib/data/blocks.py).
+    "fragment",
+    "number",
+    "position",
+    "problem",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -34,6 +34,9 @@ class ScoreSettings(Section):
     """Rows of one shard, which one worker scores."""
     workers: Positive = 1
     """Actors that score, each with the engine that `serving` chooses."""
+    engine: Literal["auto", "vllm", "transformers"] = "transformers"
+    """chat: auto takes vLLM, which serves it too, where it is installed and the models lie on a disk that all machines
+    see; transformers starts sooner."""
     max_tokens: Positive = 256
     """chat: the most tokens of an answer."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0

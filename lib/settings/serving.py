@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import (
+    BeforeValidator,
     Field,
     field_validator,
     model_validator,
 )
 
+from lib.settings.knowledge import GroundingSettings, named
 from lib.settings.sections import Name, Positive, Section, Share
 
 
@@ -167,6 +169,8 @@ class ServingSettings(Section):
     chat: ChatEngineSettings = ChatEngineSettings()
     """The engine of the task `chat`; the keys engine, precision, threads, tokens_per_batch, max_inputs and
     max_chars are those of the other tasks."""
+    knowledge: Annotated[GroundingSettings | None, BeforeValidator(named)] = None
+    """chat: the index that answers are grounded in, by its name or as a section; None grounds them in nothing."""
 
     @field_validator("traces")
     @classmethod

@@ -12,6 +12,7 @@ from pydantic import (
 from lib.errors import nearest
 from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
+from lib.settings.knowledge import KnowledgeSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
 from lib.settings.sections import Name, Section
@@ -36,6 +37,7 @@ class Settings(Section):
     serving: ServingSettings = ServingSettings()
     curation: CurationSettings = CurationSettings()
     score: ScoreSettings = ScoreSettings()
+    knowledge: KnowledgeSettings = KnowledgeSettings()
 
     @field_validator("task")
     @classmethod

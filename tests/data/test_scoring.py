@@ -15,7 +15,7 @@ import pytest
 from lib import dialogues
 from lib import storage as places
 from lib.artifacts import TaskFile
-from lib.data import blocks, scoring
+from lib.data import blocks, scoring, scoring_vllm
 from lib.errors import ConfigError, DataError
 from lib.settings import Settings
 from lib.tasks import load_task, scores_files
@@ -72,7 +72,7 @@ def shards(settings: Settings, base: Path, out: Path) -> tuple[list[dict[str, An
         json.loads(scorer(blocks.to_row(block))["counts"][0].as_py())
         for block in blocks.read_blocks(plan.reading, 0, (0, len(plan.reading.files)))
     ]
-    tables = [pq.read_table(out / "scores" / count["shard"]) for count in counts if count["shard"]]
+    tables = [pq.read_table(out / "scores" / count["shard"]) for count in counts]
     return counts, pa.concat_tables(tables)
 
 
@@ -147,6 +147,46 @@ def test_dialogues_are_answered_and_too_long_ones_refused(tiny_chat_base: Path, 
     assert count["tallies"]["tokens"]["completion"] == 2 * first["completion_tokens"]
 
 
+def test_rows_on_their_way_to_vllm_and_back_are_in_their_places(
+    storage: Path, tiny_chat_base: Path, tmp_path: Path
+) -> None:
+    """What happens before and after the engine, which answers here with what it was asked."""
+    rows = [{"question": text, "id": i} for i, text in enumerate(["soft?", "", "fit " * 300, "bad fit?"])]
+    source = write(tmp_path / "a.jsonl", *rows)
+    plan = planned("chat", source, keep={"number": "id"}, engine="vllm")
+    assert plan.engine == "vllm"
+    (block,) = blocks.read_blocks(plan.reading, 0, (0, 1))
+    asked = scoring_vllm.ask_block(blocks.to_row(block), plan, str(tiny_chat_base), 256)
+    good, bad = scoring_vllm.only(asked, good=True), scoring_vllm.only(asked, good=False)
+    assert [len(good), len(bad)] == [2, 2]
+    ends = scoring_vllm.ends_of(tiny_chat_base)
+    said = [
+        scoring_vllm.answer_of(
+            {**row, "generated_tokens": [*row["tokens"][:3], 2], "generated_text": " yes\n"}
+            | {"num_input_tokens": len(row["tokens"])},
+            ends,
+        )
+        for row in good.to_pylist()
+    ]
+    together = pa.concat_tables([bad, pa.Table.from_pylist(said, bad.schema)])
+    counts = json.loads(
+        scoring_vllm.write_group(together, plan, places.uri(tmp_path / "out"))["counts"][0].as_py()
+    )
+    assert (counts["rows"], counts["bad_rows"], counts["files"]) == (4, 2, {"0": 4})
+    assert counts["tallies"]["finish_reason"] == {"stop": 2}
+    table = pq.read_table(tmp_path / "out" / counts["shard"]).to_pylist()
+    assert [(row["row"], row["number"], row["answer"]) for row in table] == [
+        (1, "0", "yes"),
+        (2, "1", None),
+        (3, "2", None),
+        (4, "3", "yes"),
+    ]
+    assert "asks nothing" in table[1]["problem"]
+    assert "shorten them" in table[2]["problem"]
+    assert table[3]["messages"] == [{"role": "user", "content": "bad fit?"}]
+    assert table[3]["completion_tokens"] == 4
+
+
 def test_a_kept_column_does_not_take_an_answers_place(tiny_base: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", {"text": "fits", "label": "good"})
     with pytest.raises(ConfigError, match=r"score.keep: 'label' is the name of a column of the scores"):
@@ -191,7 +231,7 @@ def test_an_output_that_is_taken_is_told(storage: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"score.output: .*mine holds files already"):
         planned("sentiment", source, output=str(tmp_path / "mine")).manifest()
     with places.publish(str(tmp_path / "other")) as folder:
-        places.write_json(str(folder / "manifest.json"), {"fingerprint": "ffff"})
+        places.write_json(str(folder / "_manifest.json"), {"fingerprint": "ffff"})
     with pytest.raises(ConfigError, match=r"another input or model \(ffff\); give another folder"):
         planned("sentiment", source, output=str(tmp_path / "other")).manifest()
     assert planned("sentiment", source).manifest() is None

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lib.data.sources import check_columns, display, file_format, find_files
+from lib.data.sources import check_columns, file_format, find_files
 from lib.errors import ConfigError, DataError, StorageError
 
 
@@ -124,8 +124,3 @@ def test_missing_columns_are_named_with_the_nearest(tmp_path: Path) -> None:
         f"{tmp_path}/x.parquet has no column 'review text' (data.columns.text); did you mean 'Review Text'? "
         "(columns: 'Review Text', 'Rating')"
     )
-
-
-def test_no_message_shows_a_password() -> None:
-    assert display("ftp://me:secret@host/a.csv") == "ftp://***@host/a.csv"
-    assert display("file:///data/a.csv") == "/data/a.csv"

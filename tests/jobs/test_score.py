@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from jobs.score import score
-from lib import registry
+from lib import registry, tracking
 from lib.artifacts import ModelRef
 from lib.command import run
 from lib.settings import Settings
 from lib.tasks import sentiment
+from tests.serve.test_chat import chat_settings, crown, engine_processes, publish_chat
 from tests.trained import evaluated, make_dataset, make_run, use
 
 
@@ -62,7 +63,7 @@ def test_files_are_scored_once_by_the_champion(
     assert f"{tmp_path / 'in' / 'a.jsonl'} row 8 has no text" in said
 
     out = tmp_path / "out"
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "_manifest.json").read_text())
     assert (manifest["model"], manifest["rows"], manifest["bad"]["rows"]) == ("shop@1", 50, 1)
     assert [(Path(s["uri"]).name, s["rows"]) for s in manifest["sources"]] == [("a.jsonl", 30), ("b.csv", 20)]
     assert sum(manifest["figures"]["label"].values()) == 49
@@ -107,3 +108,42 @@ def test_a_model_that_is_not_there_or_of_another_task_is_one_line(
     ):
         assert run(score, [*words, *override]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_dialogues_are_answered_by_vllm_as_by_transformers(
+    database: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking.client().create_registered_model("helper")
+    crown(publish_chat(1))
+    asked = ["my phone does not ring", "it is soft", "x" * 400, "where is it?", ""]
+    rows = [{"question": text, "id": i} for i, text in enumerate(asked)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = tmp_path / "chat.yaml"
+    config.write_text(yaml.safe_dump(chat_settings().model_dump(mode="json", exclude_defaults=True)))
+    words = [
+        "--config",
+        str(config),
+        "--score.source",
+        str(tmp_path / "a.jsonl"),
+        "--score.keep",
+        "{number: id}",
+    ]
+    words += ["--score.max_tokens", "8", "--score.rows_per_shard", "2", "--score.bad_rows", "0.5"]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for engine in ("vllm", "transformers"):
+        out = tmp_path / engine
+        chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
+        assert run(score, [*words, *chosen]) == 0
+        manifest = json.loads((out / "_manifest.json").read_text())
+        assert engine.replace("transformers", "torch") in manifest["engine"]
+        assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
+        found[engine] = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["row"])
+    assert found["vllm"] == found["transformers"]
+    assert [row["number"] for row in found["vllm"]] == ["0", "1", "2", "3", "4"]
+    assert "shorten them" in found["vllm"][2]["problem"]
+    assert "asks nothing" in found["vllm"][4]["problem"]
+    assert found["vllm"][0]["answer"]
+    assert not engine_processes()

@@ -10,13 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from cluster.local import free_port
 from lib import keys, storage
-from lib.artifacts import ModelRef, TaskFile
+from lib.artifacts import IndexRef, ModelRef, TaskFile
 from lib.registry import VERSION_FILE
-from lib.settings import Settings
+from lib.retrieval.embedding import Embedder
+from lib.retrieval.index import PASSAGE, make_current, with_vectors, write_table
+from lib.settings import ServingSettings, Settings
 from tests.serve.collector import Collector
 
 LABELS = ["negative", "neutral", "positive"]
@@ -91,6 +94,23 @@ def publish_version(base: Path, version: int, labels: list[str] | None = None) -
         sentiment.save(model, base, info, folder)
         files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
+    return ref
+
+
+def publish_index(base: Path, passages: dict[str, str], fingerprint: str) -> IndexRef:
+    """An index whose vectors are the tiny encoder's."""
+    rows = [
+        {"id": i, "uri": f"file:///srv/{title}.md", "source": f"{title}.md", "title": title, "headings": [],
+         "place": "paragraph 1", "text": text, "searched": text, "tokens": 9}
+        for i, (title, text) in enumerate(passages.items())
+    ]  # fmt: skip
+    ref = IndexRef("shop", fingerprint)
+    vectors = Embedder(str(base), ServingSettings(threads=1)).vectors(list(passages.values()))
+    with storage.publish(ref.uri) as folder:
+        write_table(folder, iter([with_vectors(pa.Table.from_pylist(rows, PASSAGE), vectors)]), "English")
+        manifest = {"base": str(base), "encoder": "tiny", "query_prefix": "", "passages": len(rows)}
+        storage.write_json(str(folder / "manifest.json"), manifest)
+    make_current(ref, keep=3)
     return ref
 
 

@@ -24,10 +24,11 @@ import pytest
 from cluster.local import free_port
 from lib import events, keys, registry, storage, tracking
 from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
+from lib.errors import RegistryError
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from lib.tasks import chat
-from tests.serve.conftest import key, scraped, total
+from tests.serve.conftest import key, publish_index, scraped, total
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -111,20 +112,20 @@ def crown(ref: ModelRef) -> None:
     registry.set_alias(ref, registry.CHAMPION)
 
 
-def greedy(ref: ModelRef, tokens: int) -> str:
-    """What transformers says to the question with the weights of a version."""
+def greedy(ref: ModelRef, tokens: int, *before: dict[str, str]) -> str:
+    """What transformers says to the question, and what is said before it, with the weights of a version."""
     folder = Path(ref.uri.removeprefix("file://"))
-    return greedy_of(folder, folder, tokens)
+    return greedy_of(folder, folder, tokens, *before)
 
 
-def greedy_of(weights: Path, tokenizer_of: Path, tokens: int) -> str:
+def greedy_of(weights: Path, tokenizer_of: Path, tokens: int, *before: dict[str, str]) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
     prompt = tokenizer.apply_chat_template(
-        QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [*before, *QUESTION], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     found = model.generate(**prompt, max_new_tokens=tokens, do_sample=False, pad_token_id=1)
     text: str = tokenizer.decode(found[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -422,16 +423,40 @@ def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
         replace(deployed, key=key("other")).ask()
 
 
-def test_another_champion_is_taken_up(deployed: Deployed) -> None:
+def test_another_champion_is_taken_up_and_its_answers_are_grounded(
+    deployed: Deployed, tiny_base: Path
+) -> None:
     from serve.deploy import deploy
 
     before = engine_processes()
     ref = publish_chat(2)
     crown(ref)
-    assert deploy(deployed.settings) == deployed.url
-    answer = deployed.ask(model=f"{NAME}@champion").choices[0].message.content
-    assert answer == greedy(ref, 16)
-    assert answer != greedy(deployed.ref, 16)
+    port = deployed.settings.serving.port
+    with pytest.raises(RegistryError, match=r"no index shop; make it with python -m jobs\.index"):
+        deploy(chat_settings(port=port, knowledge="shop"))
+    publish_index(tiny_base, {"Phones": QUESTION[0]["content"], "Cars": "my car does not start"}, "a")
+    knowledge = {"index": "shop", "threshold": 0.999, "instructions": "Read.", "unknown": "I do not know."}
+    settings = chat_settings(port=port, knowledge={**knowledge, "answer_tokens": 16})
+    assert deploy(settings) == deployed.url
+
+    told = {"role": "system", "content": f"Read.\n\n[1] Phones\n{QUESTION[0]['content']}"}
+    answer = deployed.ask(model=f"{NAME}@champion")
+    assert answer.choices[0].message.content == greedy(ref, 16, told)
+    assert answer.choices[0].message.content != greedy(deployed.ref, 16, told)
+    (citation,) = answer.model_extra["citations"]
+    assert (citation["number"], citation["title"], citation["source"]) == (1, "Phones", "Phones.md")
+    parts = list(deployed.ask(stream=True))
+    assert [part.model_extra.get("citations") for part in parts] == [*[None] * (len(parts) - 1), [citation]]
+    other = [{"role": "user", "content": "xyzzy"}]
+    unknown = deployed.ask(messages=other)
+    assert unknown.choices[0].message.content == "I do not know."
+    assert (unknown.model_extra["citations"], unknown.usage.total_tokens) == ([], 0)
+    parts = list(deployed.ask(messages=other, stream=True))
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == "I do not know."
+    long = [{"role": "user", "content": "x" * 200}, {"role": "assistant", "content": "x"}, *QUESTION]
+    with pytest.raises(openai.BadRequestError, match="tokens for passages"):
+        deployed.ask(messages=long)
+
     assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive

@@ -193,6 +193,11 @@ def test_the_model_of_another_task_is_refused(endpoint: Endpoint) -> None:
         move_to(endpoint, 8)
 
 
+def test_only_chat_is_grounded(store: Path) -> None:
+    with pytest.raises(ConfigError, match=r"serving\.knowledge: only chat is grounded, not sentiment"):
+        deploy(make_settings(model="reviews@1", knowledge="shop"))
+
+
 def test_two_applications_share_the_port_by_their_prefixes(endpoint: Endpoint) -> None:
     from ray import serve as ray_serve
 

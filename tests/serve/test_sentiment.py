@@ -25,6 +25,65 @@ pytestmark = pytest.mark.ray
 TEXTS = ["great fabric, love the fit", "awful", "the dress is okay " * 20, "size was bad"]
 
 
+def test_it_is_seen_from_outside(endpoint: Endpoint) -> None:
+    """Ray's metrics port, the replica's log and a collector tell of a request what it was, not what it said.
+
+    First of all tests: a process tells its node what it counted up to ten seconds later.
+    """
+    import ray
+
+    ours = {"application": "reviews"}
+    before = scraped()
+    for number in range(3):
+        assert (
+            endpoint.post({"inputs": ["secretly great", "awful"]}, x_request_id=f"seen-{number}").status
+            == 200
+        )
+    endpoint.post({"inputs": ["great"]}, authorization="")
+
+    def grown(name: str, **labels: str) -> float:
+        return total(after, name, **labels, **ours) - total(before, name, **labels, **ours)
+
+    deadline = time.monotonic() + 40
+    while True:
+        after = scraped()
+        if grown("ray_whorl_refused_requests_total", reason="key") >= 1 or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    route = {"route": "/v1/sentiment"}
+    assert grown("ray_whorl_refused_requests_total", reason="key") == 1
+    assert grown("ray_whorl_requests_total", status="2xx", **route) == 3
+    assert grown("ray_whorl_requests_total", status="4xx", route="other") == 1
+    assert grown("ray_whorl_request_duration_seconds_count", **route) == 3
+    assert grown("ray_whorl_request_duration_seconds_bucket", le="+Inf", **route) == 3
+    assert grown("ray_whorl_queue_wait_seconds_count") == 6
+    assert 3 <= grown("ray_whorl_batch_rows_count") <= 6
+    assert total(after, "ray_whorl_model_info", model="reviews@1", **ours) >= 1
+    assert total(after, "ray_whorl_model_ready", **ours) >= 1
+    assert ("ray_whorl_events_journal_bytes", "reviews") in {
+        (name, dict(has).get("application")) for name, has in after
+    }
+    ours_alone = [(name, dict(has)) for name, has in after if name.startswith("ray_whorl_")]
+    assert {name for name, _ in ours_alone} <= exported()
+    assert not [has for _, has in ours_alone if endpoint.key in has.values() or "secretly" in str(has)]
+    assert total(after, "ray_serve_deployment_replica_healthy", **ours) >= 1
+
+    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
+    lines = [line for file in logs.glob("replica_reviews_*.log") for line in file.read_text().splitlines()]
+    (line,) = [json.loads(line) for line in lines if '"seen-1"' in line and '"milliseconds"' in line]
+    assert (line["request"], line["status"], line["model"]) == ("seen-1", 200, "reviews@1")
+    assert line["application"] == "reviews"
+    assert grown("ray_whorl_tokens_total") == 3 * line["tokens"] > 0
+    assert not [line for line in lines if "secretly" in line or endpoint.key in line]
+
+    assert endpoint.collector is not None
+    while not any(values(span)["whorl.request.id"] == "seen-2" for span in endpoint.collector.spans):
+        assert time.monotonic() < deadline + 20
+        time.sleep(0.5)
+    (span,) = [span for span in endpoint.collector.spans if values(span)["whorl.request.id"] == "seen-2"]
+    assert (span.name, values(span)["whorl.model"]) == ("POST /v1/sentiment", "reviews@1")
+
+
 def test_answers_agree_with_transformers(endpoint: Endpoint, store: Path) -> None:
     """A label and scores for each input, in order, as the model gives them in fp32."""
     import torch
@@ -221,62 +280,6 @@ def test_answers_are_events_and_feedback_finds_them(endpoint: Endpoint) -> None:
     assert empty.status == 400
     assert "at least one of rating, label" in empty.body["error"]["message"]
     assert endpoint.post({"request_id": "event-1", "rating": 2}, "/v1/feedback").status == 400
-
-
-def test_it_is_seen_from_outside(endpoint: Endpoint) -> None:
-    """Ray's metrics port, the replica's log and a collector tell of one request what it was, not what it said."""
-    import ray
-
-    ours = {"application": "reviews"}
-    before = scraped()
-    for number in range(3):
-        assert (
-            endpoint.post({"inputs": ["secretly great", "awful"]}, x_request_id=f"seen-{number}").status
-            == 200
-        )
-    endpoint.post({"inputs": ["great"]}, authorization="")
-
-    def grown(name: str, **labels: str) -> float:
-        return total(after, name, **labels, **ours) - total(before, name, **labels, **ours)
-
-    deadline = time.monotonic() + 40
-    while True:  # processes tell their node every few seconds
-        after = scraped()
-        if grown("ray_whorl_refused_requests_total", reason="key") >= 1 or time.monotonic() > deadline:
-            break
-        time.sleep(1)
-    route = {"route": "/v1/sentiment"}
-    assert grown("ray_whorl_refused_requests_total", reason="key") == 1
-    assert grown("ray_whorl_requests_total", status="2xx", **route) == 3
-    assert grown("ray_whorl_requests_total", status="4xx", route="other") == 1
-    assert grown("ray_whorl_request_duration_seconds_count", **route) == 3
-    assert grown("ray_whorl_request_duration_seconds_bucket", le="+Inf", **route) == 3
-    assert grown("ray_whorl_queue_wait_seconds_count") == 6
-    assert 3 <= grown("ray_whorl_batch_rows_count") <= 6
-    assert total(after, "ray_whorl_model_info", model="reviews@1", **ours) == 1
-    assert total(after, "ray_whorl_model_ready", **ours) == 1
-    assert ("ray_whorl_events_journal_bytes", "reviews") in {
-        (name, dict(has).get("application")) for name, has in after
-    }
-    ours_alone = [(name, dict(has)) for name, has in after if name.startswith("ray_whorl_")]
-    assert {name for name, _ in ours_alone} <= exported()
-    assert not [has for _, has in ours_alone if endpoint.key in has.values() or "secretly" in str(has)]
-    assert total(after, "ray_serve_deployment_replica_healthy", **ours) == 1
-
-    logs = Path(ray._private.worker._global_node.get_session_dir_path()) / "logs" / "serve"
-    lines = [line for file in logs.glob("replica_reviews_*.log") for line in file.read_text().splitlines()]
-    (line,) = [json.loads(line) for line in lines if '"seen-1"' in line and '"milliseconds"' in line]
-    assert (line["request"], line["status"], line["model"]) == ("seen-1", 200, "reviews@1")
-    assert line["application"] == "reviews"
-    assert grown("ray_whorl_tokens_total") == 3 * line["tokens"] > 0
-    assert not [line for line in lines if "secretly" in line or endpoint.key in line]
-
-    assert endpoint.collector is not None
-    while not any(values(span)["whorl.request.id"] == "seen-2" for span in endpoint.collector.spans):
-        assert time.monotonic() < deadline + 20
-        time.sleep(0.5)
-    (span,) = [span for span in endpoint.collector.spans if values(span)["whorl.request.id"] == "seen-2"]
-    assert (span.name, values(span)["whorl.model"]) == ("POST /v1/sentiment", "reviews@1")
 
 
 def test_after_all_that_the_replica_still_answers(endpoint: Endpoint) -> None:
