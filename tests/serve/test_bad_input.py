@@ -189,7 +189,7 @@ def test_garbage_is_a_4xx_or_a_closed_connection_also_behind_a_request(
         connection.sendall(good + garbage)
         connection.shutdown(socket.SHUT_WR)
         answers = answered(connection)
-    assert status(answers) in (200, None)  # abortonclose: who ends its side may be gone
+    assert status(answers) in (200, 400, None)  # HAProxy may see the garbage before the answer is there
     later = answers.split(b"HTTP/1.1 ")[2:]
     assert all(answer.startswith(b"4") for answer in later)
 
