@@ -35,7 +35,7 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     OpenAIHTTPException,
 )
 from ray.llm._internal.serve.core.ingress.ingress import _sanitize_chat_completion_request
-from ray.serve.exceptions import BackPressureError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.deployment import LLMServer
@@ -45,7 +45,7 @@ from vllm.entrypoints.generate.base.protocol import StreamOptions
 
 from lib import registry
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
-from lib.errors import ConfigError, RequestError
+from lib.errors import ConfigError, RequestError, ResourceError
 from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
@@ -53,7 +53,7 @@ from lib.vllm_engine import engine_arguments, engine_name, environment, on_gpu, 
 from serve import logs
 from serve.access import guard
 from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
-from serve.admission import admit, overloaded
+from serve.admission import admit
 from serve.grounding import Grounding
 from serve.http import Ready, create_app, error_response, request_id
 from serve.observing import observe
@@ -63,7 +63,7 @@ from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
 
-MOST_STOPS, MOST_ANSWERS = 64, 128
+MOST_ANSWERS = 128
 
 
 class Arguments(ServingSettings):
@@ -71,6 +71,10 @@ class Arguments(ServingSettings):
 
     version: Positive | None = None
     """Of the model that `model` names; None resolves its alias when the application is built."""
+
+
+class FullError(ResourceError):
+    code = "overloaded"
 
 
 class UnknownModelError(RequestError):
@@ -208,15 +212,23 @@ class Chat(OpenAiIngress):
             body.stream_options = StreamOptions(include_usage=True, continuous_usage_stats=True)
         state = raw_request.state if raw_request is not None else SimpleNamespace()
         state.model = version
-        async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
-            parts = part if isinstance(part, list) else [part]
-            citations = getattr(state, "citations", None)
-            shown = [
-                with_citations(seen, citations) for one in parts if (seen := usage.passed(one)) is not None
-            ]
-            state.tokens = usage.tokens
-            if shown:
-                yield shown if isinstance(part, list) else shown[0]
+        try:
+            async for part in super()._get_response(body=body, raw_request=raw_request, **rest):
+                parts = part if isinstance(part, list) else [part]
+                citations = getattr(state, "citations", None)
+                shown = [
+                    with_citations(seen, citations)
+                    for one in parts
+                    if (seen := usage.passed(one)) is not None
+                ]
+                state.tokens = usage.tokens
+                if shown:
+                    yield shown if isinstance(part, list) else shown[0]
+        except BackPressureError as error:
+            # Ray Serve has a handler of its own for these two, which answers in plain text.
+            raise FullError("too many requests are waiting; try again") from error
+        except DeploymentUnavailableError as error:
+            raise FullError("no engine is up; try again") from error
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(
@@ -225,7 +237,6 @@ class Chat(OpenAiIngress):
             self,
         )
         app.add_exception_handler(OpenAIHTTPException, _engine_error)
-        app.add_exception_handler(BackPressureError, _full)
         ask: dict[str, Any] = {"tags": ["chat"], "dependencies": [Depends(request_id)]}
         app.post("/v1/chat/completions", summary="Continue a conversation", **ask)(self.chat)
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
@@ -240,13 +251,8 @@ class Chat(OpenAiIngress):
 
 
 def check_amounts(body: Any) -> None:
-    """Raises RequestError for what would keep an engine busy with one request: each token is compared with every
-    stop, and each answer of `n` is a sequence of its own."""
-    stop = getattr(body, "stop", None)
-    if isinstance(stop, list) and len(stop) > MOST_STOPS:
-        raise RequestError(
-            f"stop has {len(stop):,} texts; send at most {MOST_STOPS}", param="stop", code="too_long"
-        )
+    """Raises RequestError for what would keep an engine busy with one request: each answer of `n` is a sequence of
+    its own."""
     answers = getattr(body, "n", None) or 1
     if answers > MOST_ANSWERS:
         raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
@@ -291,10 +297,6 @@ async def _engine_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OpenAIHTTPException)
     status = HTTPStatus(error.status_code)
     return error_response(status, error.message, code=status.name.lower())
-
-
-async def _full(request: Request, error: Exception) -> Response:
-    return overloaded()
 
 
 def references(serving: ServingSettings) -> list[str]:

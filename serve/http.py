@@ -143,7 +143,10 @@ def describe(error: dict[str, Any]) -> tuple[str, str | None, str]:
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    message, param, code = describe(error.errors()[0])
+    # Of a union each kind has its say: that a list is too long says more than that it is no text.
+    found = error.errors()
+    first = next((one for one in found if one["type"] == "too_long"), found[0])
+    message, param, code = describe(first)
     return error_response(400, message, param=param, code=code)
 
 

@@ -172,10 +172,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--applications", nargs="+", choices=APPLICATIONS, default=list(APPLICATIONS))
     given = parser.parse_args()
+    from tests.conftest import make_tiny_base  # which forgets where this user's own models lie
+
     # Ray Serve reads these when it is imported.
     os.environ |= environment() | ingress_ports() | {"RAY_AUTH_MODE": "disabled"}
-    from tests.conftest import make_tiny_base
-
     report, places = Report("fuzz"), {name: os.environ[name] for name in ("WHORL_STORAGE", "WHORL_DATABASE")}
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder)

@@ -186,8 +186,7 @@ def test_garbage_is_a_4xx_or_a_closed_connection_also_behind_a_request(
         connection.sendall(good + garbage)
         connection.shutdown(socket.SHUT_WR)
         answers = answered(connection)
-    # HAProxy's abortonclose: who ends its side while the request waits counts as gone.
-    assert status(answers) in (200, 400, None)
+    assert status(answers) in (200, 400, None)  # HAProxy may see the garbage before the answer is there
     later = answers.split(b"HTTP/1.1 ")[2:]
     assert all(answer.startswith(b"4") for answer in later)
 
