@@ -16,6 +16,7 @@ from lib.settings.evaluation import (
     PromotionSettings,
 )
 from lib.settings.loading import describe, load_settings, override, parse_overrides
+from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.serving import (
     AccessSettings,
@@ -52,14 +53,18 @@ __all__ = [
     "JudgeSettings",
     "Labelled",
     "ModelSettings",
+    "MonitoringSettings",
+    "OpinionColumns",
     "Part",
     "PlanSettings",
+    "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
     "ServingSettings",
     "Settings",
     "TrainingSettings",
     "TuningSettings",
+    "WebhookSettings",
     "describe",
     "load_settings",
     "override",
