@@ -66,7 +66,9 @@ def plan(settings: Settings) -> Plan:
     files = [
         file
         for split, uris in data.sources.items()
-        for file in sources.find_files(uris, data.format, split, f"{split}_source" if split else "source")
+        for file in sources.find_files(
+            uris, data.format, split, f"data.{split}_source" if split else "data.source"
+        )
     ]
     columns = {**task.columns(data, column_names(files[0])), **data.slices}
     # A task may name a column by the whole of its key, such as `heads.topic.column`.

@@ -76,12 +76,12 @@ def display(uri: str) -> str:
 
 
 def find_files(
-    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "source"
+    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "data.source"
 ) -> list[SourceFile]:
     """The files of all sources: sources in the given order, the files of each sorted by path.
 
     `kind` is the format of all files, or `auto` to go by their endings; `split` is where their rows belong;
-    `key` of the `data` section named them.
+    `key` of the configuration named them.
 
     Raises ConfigError for a source that names nothing or an ending that names no format, DataError for a
     file that is not what its ending says, StorageError for a URI that cannot be reached.
@@ -99,14 +99,14 @@ def _files_of(source: str, kind: str, split: str | None, key: str) -> list[Sourc
         source_uri = str(sample_path(source, "data")) if is_sample(source) else source
     uris = storage.find(source_uri)
     if not uris:
-        raise ConfigError(f"data.{key}: {_why_nothing(source)}")
+        raise ConfigError(f"{key}: {_why_nothing(source)}")
     if kind == "auto":
         known = [(uri, found) for uri in uris if (found := file_format(uri))]
     else:
         known = [(uri, (kind, kind != "parquet" and uri.lower().endswith(".gz"))) for uri in uris]
     if not known:
         raise ConfigError(
-            f"data.{key}: cannot tell the format of {display(uris[0])} from its ending; "
+            f"{key}: cannot tell the format of {display(uris[0])} from its ending; "
             f"known are {', '.join(ENDINGS)}, and .gz after the ending of a text file; or set data.format"
         )
     names = [source if is_sample(source) and len(known) == 1 else display(uri) for uri, _ in known]

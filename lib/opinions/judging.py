@@ -1,0 +1,36 @@
+"""What a sentiment model's answer says about an opinion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from lib.errors import ModelError
+from lib.settings import MonitoringSettings
+
+
+class Choice(Protocol):
+    label: str
+
+
+class Answer(Protocol):
+    """`lib.tasks.sentiment.Answer`, which stands above."""
+
+    label: str
+    scores: dict[str, float]
+
+    @property
+    def heads(self) -> Mapping[str, Choice]: ...
+
+
+def judged(answer: Answer, rules: MonitoringSettings) -> tuple[str, float, str]:
+    """Label, probability of the negative label, and topic; empty where the model has no head for it.
+
+    Raises ModelError when the model does not know the negative label.
+    """
+    try:
+        rules.check_labels(list(answer.scores))
+    except ValueError as error:
+        raise ModelError(f"{error}; the model that is served was trained on others") from None
+    topic = answer.heads.get(rules.topic_head)
+    return answer.label, answer.scores[rules.negative], topic.label if topic else ""
