@@ -23,14 +23,19 @@ class Answer(Protocol):
     def heads(self) -> Mapping[str, Choice]: ...
 
 
+def check(labels: list[str], rules: MonitoringSettings) -> None:
+    """Raises ModelError when none of a model's labels is the negative one."""
+    try:
+        rules.check_labels(labels)
+    except ValueError as error:
+        raise ModelError(f"{error}; the model was trained on others") from None
+
+
 def judged(answer: Answer, rules: MonitoringSettings) -> tuple[str, float, str]:
     """Label, probability of the negative label, and topic; empty where the model has no head for it.
 
     Raises ModelError when the model does not know the negative label.
     """
-    try:
-        rules.check_labels(list(answer.scores))
-    except ValueError as error:
-        raise ModelError(f"{error}; the model that is served was trained on others") from None
+    check(list(answer.scores), rules)
     topic = answer.heads.get(rules.topic_head)
     return answer.label, answer.scores[rules.negative], topic.label if topic else ""

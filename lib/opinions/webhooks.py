@@ -22,6 +22,7 @@ import os
 import random
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 from sqlalchemy import select, update
@@ -79,6 +80,12 @@ def payload(alert: Alert) -> dict[str, Any]:
 
 def iso(seconds: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
+
+
+def shown(url: str) -> str:
+    """A webhook's URL without what may be a secret in its path."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def wait(attempts: int, chance: random.Random) -> float:
@@ -140,7 +147,11 @@ def _try(client: httpx.Client, row: dict[str, Any], webhook: WebhookSettings) ->
         _write(row, state="delivered", attempts=attempts, outcome=outcome)
     elif attempts >= webhook.attempts:
         logger.error(
-            "alert %s was given up for %s after %d attempts: %s", alert.id, webhook.url, attempts, outcome
+            "alert %s was given up for %s after %d attempts: %s",
+            alert.id,
+            shown(webhook.url),
+            attempts,
+            outcome,
         )
         _write(row, state="given up", attempts=attempts, outcome=outcome)
     else:

@@ -40,7 +40,7 @@ def test_too_many_surges_and_too_large_ones_are_told() -> None:
         plant(history(6), RULES, PlantSettings(surges=50))
     with pytest.raises(ConfigError, match="has room for 0, not 1"):
         plant(history(6, each=2), RULES, PlantSettings(surges=1))
-    with pytest.raises(ConfigError, match="size 0.9: of acme / cars 20% are negative already"):
+    with pytest.raises(ConfigError, match=r"size 0\.9: of acme / cars 20% are negative already"):
         plant(history(6), RULES, PlantSettings(surges=1, size=0.9))
 
 
