@@ -62,6 +62,8 @@ def application_config(settings: Settings, ref: ModelRef, instead_of: str | None
     # Where it listens is Ray Serve's matter, not the replica's: a change of these restarts nothing.
     elsewhere = {"model", "host", "port", "route_prefix", "start_timeout_s"}
     arguments = settings.serving.model_dump(mode="json", exclude=elsewhere)
+    if settings.monitoring is not None:  # what only a back-test reads restarts nothing
+        arguments["monitoring"] = settings.monitoring.model_dump(mode="json", exclude={"replay"})
     application: dict[str, Any] = {
         "name": settings.name,
         "route_prefix": settings.serving.route_prefix,

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel
 from ray import serve as ray_serve
 
+from lib.artifacts import ModelRef
 from lib.settings import ServingSettings
 from serve import logs, metrics
 from serve.access import guard
@@ -84,17 +85,20 @@ class Replica(Generic[M]):
             trial=self.trial.told if self.trial else None,
         )
 
-    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
-        """The answer, the tokens that were read for it, and the version that gave it."""
+    async def answer(self, inputs: list[Any]) -> tuple[list[Any], int, ModelRef]:
+        """An answer for each input, the tokens that were read for them, and the version that gave them."""
         with self.models.using() as loaded:
             began = time.perf_counter()
             results, tokens = await loaded.model.answer(inputs)
             if self.trial is not None:
                 self.trial.mirror(inputs, results, time.perf_counter() - began)
-        response = self.response(
-            results=results, model=loaded.ref.name, version=loaded.ref.version, request_id=identity
-        )
-        return response, tokens, str(loaded.ref)
+        return results, tokens, loaded.ref
+
+    async def respond(self, inputs: list[Any], identity: str) -> tuple[BaseModel, int, str]:
+        """The answer, the tokens that were read for it, and the version that gave it."""
+        results, tokens, ref = await self.answer(inputs)
+        response = self.response(results=results, model=ref.name, version=ref.version, request_id=identity)
+        return response, tokens, str(ref)
 
 
 def http_api(

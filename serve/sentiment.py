@@ -1,5 +1,7 @@
 """Sentiment over HTTP: POST /v1/sentiment {"inputs": ["…", …]} → a label and scores for each.
 
+    POST /v1/opinions and what comes of it, with `monitoring`: serve/opinions.py
+
     python -m serve.deploy --config jobs/configs/reviews.yaml      # follows the champion
     serve deploy serve/config.yaml                                 # the same, by Ray Serve's own command
 
@@ -18,8 +20,11 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from ray import serve as ray_serve
 
-from lib.settings import ServingSettings
+from lib import heads
+from lib.opinions.judging import check
+from lib.settings import MonitoringSettings, ServingSettings
 from lib.tasks import sentiment as task
+from serve.opinions import Watching, take_opinions
 from serve.replica import EncoderModel, Replica, bind, http_api
 
 # Above this many characters in a request, tokenising takes longer than a hop to a thread.
@@ -50,11 +55,20 @@ class Response(BaseModel):
     request_id: str
 
 
+class Arguments(ServingSettings):
+    """The configuration's `serving`, and `monitoring` beside it."""
+
+    monitoring: MonitoringSettings | None = None
+
+
 class Model(EncoderModel):
     """A loaded model version."""
 
-    def __init__(self, folder: Path, serving: ServingSettings) -> None:
-        super().__init__(task.load(folder, serving), serving)
+    def __init__(self, folder: Path, serving: Arguments) -> None:
+        predictor = task.load(folder, serving)
+        if serving.monitoring is not None:
+            check(heads.of_model(predictor.info)[0].labels, serving.monitoring)
+        super().__init__(predictor, serving)
 
     async def answer(self, texts: list[str]) -> tuple[list[task.Answer], int]:
         if sum(map(len, texts)) > CHARS_IN_LOOP:
@@ -78,17 +92,23 @@ class Sentiment(Replica[Model]):
 
     response = Response
 
-    def __init__(self, serving: ServingSettings) -> None:
-        super().__init__(serving, Model)
+    def __init__(self, serving: Arguments) -> None:
+        self.monitoring, self.name = serving.monitoring, ray_serve.get_replica_context().app_name
+        if serving.monitoring is not None:
+            self.watching = Watching(self.name, serving.monitoring)
+        super().__init__(serving, lambda folder, _: Model(folder, serving))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return http_api(
+        app = http_api(
             self,
             "sentiment",
             "Classify texts",
             "Sentiment of texts, by a model that was fine-tuned on your data.",
             limited_request(self.serving),
         )
+        if self.monitoring is not None:
+            take_opinions(app, self, self.monitoring, self.name)
+        return app
 
 
 def limited_request(serving: ServingSettings) -> type[task.Request]:
@@ -98,6 +118,6 @@ def limited_request(serving: ServingSettings) -> type[task.Request]:
     return create_model("Request", __base__=task.Request, inputs=(inputs, ...))
 
 
-def application(args: ServingSettings) -> ray_serve.Application:
-    """Builder for `serve deploy`: `args` in the file are the keys of the configuration's `serving`."""
+def application(args: Arguments) -> ray_serve.Application:
+    """Builder for `serve deploy`: `args` in the file are the keys of the configuration's `serving`, and `monitoring`."""
     return bind(Sentiment, args)

@@ -22,7 +22,8 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 # A run ends, and what it reported is seen, when Ray Train next looks at its workers: every 2 s by default.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 os.environ |= ALONE
-
+# What the replicas of the shared Ray sign webhooks with: they have the environment that it was started in.
+os.environ["WHORL_TEST_SECRET"] = "a secret of the tests"
 
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"

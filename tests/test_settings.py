@@ -62,6 +62,27 @@ def test_label_keys_compare_as_text_and_keep_their_order() -> None:
         (["--data.source", "[]"], "data.source"),
         (["--data.slices", "{text: Title}"], "slice name 'text' is the name of a dataset column"),
         (["--training.class_weights", "{negativ: 2}"], "no label 'negativ'; did you mean 'negative'?"),
+        (
+            ["--monitoring", "{negative: negativ}"],
+            "monitoring.negative: no label 'negativ'; did you mean 'negative'? (labels: negative, neutral, positive)",
+        ),
+        (
+            ["--monitoring", "{windw_hours: 6}"],
+            "unknown key 'monitoring.windw_hours'; did you mean 'window_hours'?",
+        ),
+        (
+            ["--monitoring", "{bucket_minutes: 50}"],
+            "monitoring: window_hours 6 must be a multiple of bucket_minutes 50",
+        ),
+        (["--monitoring", "{season_hours: 6}"], "window_hours 6 must be below season_hours 6"),
+        (
+            ["--monitoring", "{webhooks: [{url: example.com, secret_env: HOOK}]}"],
+            "monitoring.webhooks.0.url: 'example.com' must be an http or https URL with a host",
+        ),
+        (
+            ["--monitoring", "{webhooks: [{url: 'https://a.b'}]}"],
+            "monitoring.webhooks.0.secret_env is missing",
+        ),
         (["--serving.min_replicas", "9"], "min_replicas 9 is above max_replicas"),
         (["--training.workers", "[4, 2]"], "training.workers: [least, most] must rise, not fall from 4 to 2"),
         (["--training.checkpoint_every", "0"], "training.checkpoint_every: "),

@@ -17,6 +17,7 @@ from lib.settings.evaluation import (
 )
 from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
+from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
@@ -58,8 +59,11 @@ __all__ = [
     "Labelled",
     "LogSettings",
     "ModelSettings",
+    "MonitoringSettings",
+    "OpinionColumns",
     "Part",
     "PlanSettings",
+    "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
     "ScoreSettings",
@@ -68,6 +72,7 @@ __all__ = [
     "Settings",
     "TrainingSettings",
     "TuningSettings",
+    "WebhookSettings",
     "describe",
     "load_settings",
     "override",

@@ -13,6 +13,7 @@ from lib.errors import nearest
 from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
 from lib.settings.knowledge import KnowledgeSettings
+from lib.settings.monitoring import MonitoringSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
 from lib.settings.sections import Name, Section
@@ -38,6 +39,8 @@ class Settings(Section):
     curation: CurationSettings = CurationSettings()
     score: ScoreSettings = ScoreSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
+    monitoring: MonitoringSettings | None = None
+    """None: the application takes no opinions."""
 
     @field_validator("task")
     @classmethod
@@ -73,6 +76,17 @@ class Settings(Section):
             | {"evaluation": whole["evaluation"] | {"behaviours": []}}
             | {"promotion": whole["promotion"] | {"behaviours": {}, "metric": part.metric}}
         )
+
+    @model_validator(mode="after")
+    def _monitoring(self) -> Settings:
+        if self.monitoring is not None:
+            if self.task != "sentiment":
+                raise ValueError(
+                    f"monitoring: {self.task} gives no opinions, only sentiment does; leave it out"
+                )
+            heads = list(self.data.heads.values())
+            self.monitoring.check_labels(heads[0].label_names if heads else self.data.label_names)
+        return self
 
     @model_validator(mode="after")
     def _behaviours(self) -> Settings:

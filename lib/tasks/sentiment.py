@@ -385,7 +385,9 @@ def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
 
     Nothing of a request with several texts: which one was meant is not known.
     """
-    said, inputs = event["feedback"], event["request"]["inputs"]
+    said, asked = event["feedback"], event["request"]
+    # POST /v1/opinions has documents.
+    inputs = asked["inputs"] if "inputs" in asked else [document["text"] for document in asked["documents"]]
     if len(inputs) != 1 or not (said["label"] or is_good(said)):
         return []
     return [{"text": inputs[0], "label": said["label"] or event["answer"]["results"][0]["label"]}]

@@ -1,0 +1,227 @@
+"""Opinions over a real socket: scored as /v1/sentiment does, kept, counted; a surge reaches a webhook once."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from cluster.local import free_port
+from lib import events
+from lib.artifacts import ModelRef
+from lib.errors import ConfigError, ModelError
+from lib.settings import MonitoringSettings, Settings
+from lib.storage import local_copy
+from serve.opinions import Watching
+from serve.sentiment import Arguments, Model
+from tests.opinions.test_store import STORY
+from tests.opinions.test_watch import RULES
+from tests.opinions.test_webhooks import SECRET, Receiver
+from tests.serve.conftest import LABELS, Endpoint, key, make_settings
+
+HOUR = timedelta(hours=1)
+# The last 96 whole hours, a while ago.
+BEGIN = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - 97 * HOUR
+SURGE = 92
+
+
+@dataclass(frozen=True)
+class Monitored:
+    endpoint: Endpoint
+    receiver: Receiver
+    bad: str
+    """A text that the model calls negative."""
+    good: str
+
+    def document(self, hour: int, bad: bool, **values: Any) -> dict[str, Any]:
+        text = self.bad if bad else self.good
+        at = (BEGIN + hour * HOUR + timedelta(seconds=30)).isoformat()
+        return {"text": text, "time": at, "source": "web", "entity": "acme", "topic": "cars"} | values
+
+    def send(self, *documents: dict[str, Any]) -> Any:
+        answer = self.endpoint.post({"documents": list(documents)}, "/v1/opinions")
+        assert answer.status == 200, answer.body
+        return answer.body
+
+
+def texts_of_two_labels() -> tuple[str, str, str]:
+    """Two texts that reviews@1, whose weights are random, calls by different labels, and the first's label."""
+    from lib.settings import ServingSettings
+    from lib.tasks import sentiment
+
+    with local_copy(ModelRef("reviews", 1).uri) as folder:
+        predictor = sentiment.load(folder, ServingSettings())
+        words = ["great", "awful", "dress", "size", "fabric", "love", "poor", "soft", "color", "okay"]
+        texts = [f"{a} {b}" for a in words for b in words] + [f"{a} " * 20 for a in words]
+        answers = sentiment.predict(predictor, sentiment.Request(inputs=texts)).results
+    sure = sorted(zip(answers, texts, strict=True), key=lambda pair: -max(pair[0].scores.values()))
+    first = sure[0]
+    other = next(pair for pair in sure if pair[0].label != first[0].label)
+    return other[1], first[1], other[0].label
+
+
+@pytest.fixture(scope="module")
+def monitored(store: Path, ray_cluster: None) -> Iterator[Monitored]:
+    """reviews@1 on two replicas, whose alerts go to a server of this test."""
+    from ray import serve as ray_serve
+
+    from serve.deploy import deploy
+
+    bad, good, negative = texts_of_two_labels()
+    receiver = Receiver(500, 200)
+    hooks = [{"url": receiver.url, "secret_env": "WHORL_TEST_SECRET"}]
+    rules = RULES.model_dump(mode="json") | {"negative": negative, "every_s": 0.5, "webhooks": hooks}
+    settings = make_settings(
+        model="reviews@1", port=free_port(), min_replicas=2, max_replicas=2, max_chars=500
+    )
+    settings = Settings.model_validate(settings.model_dump(mode="json") | {"monitoring": rules})
+    yield Monitored(Endpoint(deploy(settings), settings, key()), receiver, bad, good)
+    ray_serve.shutdown()
+    receiver.server.shutdown()
+
+
+@pytest.mark.ray
+def test_documents_are_scored_as_sentiment_does_and_kept_once(monitored: Monitored) -> None:
+    both = [
+        monitored.document(0, True, entity="first", id="one"),
+        monitored.document(1, False, entity="first"),
+    ]
+    body = monitored.send(*both)
+    expected = monitored.endpoint.post({"inputs": [monitored.bad, monitored.good]}).body["results"]
+    assert [r["label"] for r in body["results"]] == [r["label"] for r in expected]
+    assert body["results"][0]["scores"] == pytest.approx(expected[0]["scores"], abs=0.02)
+    assert (body["results"][0]["id"], body["results"][0]["topic"], body["new"]) == ("one", "cars", 2)
+    again = monitored.send(*both)
+    assert again["new"] == 0
+    assert again["results"][1]["id"] == body["results"][1]["id"]
+    copies = [
+        monitored.document(2, True, entity="first", text=f"{STORY}{'!' * n}", id=f"c{n}") for n in range(5)
+    ]
+    assert monitored.send(*copies)["new"] == 5
+
+    found = monitored.endpoint.get(f"/v1/opinions/trends?entity=first&since={quote(BEGIN.isoformat())}").body
+    assert (found["bucket_minutes"], found["window_minutes"]) == (60, 120)
+    (series,) = found["series"]
+    assert (series["entity"], series["topic"]) == ("first", "cars")
+    assert [b["documents"] for b in series["buckets"]] == [1, 1, 1], "five copies are one story"
+    assert [b["negative"] for b in series["buckets"]][:2] == [1, 0]
+    assert series["buckets"][1]["window"]["documents"] == 2
+    assert series["buckets"][1]["window"]["share"] == 0.5
+    daily = monitored.endpoint.get("/v1/opinions/trends?entity=first&topic=cars&bucket_minutes=10080").body
+    assert sum(b["documents"] for b in daily["series"][0]["buckets"]) == 3
+    assert monitored.endpoint.get("/v1/opinions/trends?topic=nothing").body["series"] == []
+
+
+@pytest.mark.ray
+def test_a_surge_is_an_alert_and_reaches_the_webhook_signed(monitored: Monitored) -> None:
+    for hour in range(96):
+        each = [monitored.document(hour, n % 5 == 0 or hour == SURGE, id=f"{hour}-{n}") for n in range(10)]
+        monitored.send(*each)
+    deadline = time.monotonic() + 90
+    while not (
+        alerts := [
+            alert
+            for alert in monitored.endpoint.get("/v1/alerts?entity=acme").body["alerts"]
+            if alert["deliveries"][0]["state"] == "delivered"
+        ]
+    ):
+        assert time.monotonic() < deadline, monitored.endpoint.get("/v1/alerts").body
+        time.sleep(0.2)
+    (alert,) = alerts
+    assert alert["window"]["ends"] == (BEGIN + (SURGE + 1) * HOUR).strftime("%Y-%m-%dT%H:%M:%SZ")
+    assert (alert["documents"], alert["negative"], alert["topic"]) == (20, 12, "cars")
+    assert alert["deliveries"][0]["attempts"] == 2, "the first was answered 500"
+    assert alert["deliveries"][0]["url"] == monitored.receiver.url.removesuffix("/hook")
+    assert len(monitored.receiver.got) == 2, "of two replicas one sends"
+    for headers, body in monitored.receiver.got:
+        signed = headers["x-whorl-timestamp"].encode() + b"." + body
+        assert (
+            headers["x-whorl-signature"]
+            == f"sha256={hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()}"
+        )
+        assert json.loads(body)["alert"]["id"] == alert["id"]
+    assert monitored.endpoint.get("/v1/alerts?topic=jobs").body == {"alerts": []}
+    later = quote((BEGIN + 94 * HOUR).isoformat())
+    assert monitored.endpoint.get(f"/v1/alerts?since={later}").body == {"alerts": []}
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"time": "2026-03-01T09:00:00"}, "documents.0.time", "timezone_aware"),
+    ({"time": "yesterday"}, "documents.0.time", "datetime_from_date_parsing"),
+    ({"time": "1969-03-01T09:00:00Z"}, "documents.0.time", "invalid_time"),
+    ({"time": "2999-03-01T09:00:00Z"}, "documents.0.time", "invalid_time"),
+    ({"text": ""}, "documents.0.text", "string_too_short"),
+    ({"text": "x" * 501}, "documents.0.text", "string_too_long"),
+    ({"entity": " "}, "documents.0.entity", "string_pattern_mismatch"),
+    ({"entity": "a\0b"}, "documents.0.entity", "string_pattern_mismatch"),
+    ({"source": "x" * 201}, "documents.0.source", "string_too_long"),
+    ({"id": ""}, "documents.0.id", "string_too_short"),
+    ({"lang": "en"}, "documents.0.lang", "extra_forbidden"),
+]
+
+
+@pytest.mark.ray
+def test_bad_requests_are_a_400_that_names_the_value(monitored: Monitored) -> None:
+    for values, param, code in BAD:
+        answer = monitored.endpoint.post(
+            {"documents": [monitored.document(0, True, **values)]}, "/v1/opinions"
+        )
+        assert (answer.status, answer.body["error"]["param"], answer.body["error"]["code"]) == (
+            400,
+            param,
+            code,
+        )
+    assert monitored.endpoint.post({"documents": []}, "/v1/opinions").status == 400
+    for query, param in (
+        ("since=2026-03-02T00:00:00Z&until=2026-03-01T00:00:00Z", "since"),
+        ("since=2026-03-02T00:00:00", "query.since"),
+        ("bucket_minutes=0", "query.bucket_minutes"),
+        ("bucket_minutes=1", "bucket_minutes"),
+        ("since=1950-03-02T00:00:00Z", "since"),
+    ):
+        answer = monitored.endpoint.get(f"/v1/opinions/trends?{query}")
+        assert (answer.status, answer.body["error"]["param"]) == (400, param), query
+    assert monitored.endpoint.get("/v1/alerts?limit=0").status == 400
+    assert monitored.endpoint.get("/v1/alerts?entity=%00").body == {"alerts": []}
+    assert monitored.endpoint.post({"documents": []}, "/v1/opinions", authorization="").status == 401
+
+
+@pytest.mark.ray
+def test_what_was_sent_is_an_event_without_personal_data(monitored: Monitored) -> None:
+    document = monitored.document(0, True, entity="events", text="bad, says ada@example.com")
+    answer = monitored.endpoint.post({"documents": [document]}, "/v1/opinions", x_request_id="opinion-1")
+    assert answer.status == 200
+    said = {"request_id": "opinion-1", "label": LABELS[0]}
+    assert monitored.endpoint.post(said, "/v1/feedback").status == 200
+    (event,) = [row for row in events.read("reviews") if row["id"] == "opinion-1"]
+    assert event["request"]["documents"][0]["text"] == "bad, says <EMAIL_1>"
+    assert (event["route"], event["model"]) == ("/v1/opinions", "reviews@1")
+    from lib.tasks import sentiment
+
+    assert sentiment.from_feedback(event) == [{"text": "bad, says <EMAIL_1>", "label": LABELS[0]}]
+
+
+def test_a_model_that_lacks_the_label_is_not_served(store: Path) -> None:
+    rules = MonitoringSettings(negative="negativ")
+    with local_copy(ModelRef("reviews", 1).uri) as folder, pytest.raises(ModelError) as caught:
+        Model(folder, Arguments(monitoring=rules))
+    assert str(caught.value).startswith(
+        "monitoring.negative: no label 'negativ'; did you mean 'negative'? (labels: negative, neutral, positive)"
+    )
+
+
+def test_without_the_secret_nothing_is_watched(storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="HOOK_SECRET is not set"):
+        Watching("shop", RULES)
+    monkeypatch.setenv("HOOK_SECRET", SECRET)
+    watching = Watching("shop", RULES.model_copy(update={"every_s": 0.01}))
+    watching.close()
