@@ -23,7 +23,6 @@ from lib.settings import MonitoringSettings, Settings
 from lib.storage import local_copy
 from serve.opinions import Watching
 from serve.sentiment import Arguments, Model
-from tests.opinions.test_store import STORY
 from tests.opinions.test_watch import RULES
 from tests.opinions.test_webhooks import SECRET, Receiver
 from tests.serve.conftest import LABELS, Endpoint, key, make_settings
@@ -103,22 +102,7 @@ def test_documents_are_scored_as_sentiment_does_and_kept_once(monitored: Monitor
     again = monitored.send(*both)
     assert again["new"] == 0
     assert again["results"][1]["id"] == body["results"][1]["id"]
-    copies = [
-        monitored.document(2, True, entity="first", text=f"{STORY}{'!' * n}", id=f"c{n}") for n in range(5)
-    ]
-    assert monitored.send(*copies)["new"] == 5
-
-    found = monitored.endpoint.get(f"/v1/opinions/trends?entity=first&since={quote(BEGIN.isoformat())}").body
-    assert (found["bucket_minutes"], found["window_minutes"]) == (60, 120)
-    (series,) = found["series"]
-    assert (series["entity"], series["topic"]) == ("first", "cars")
-    assert [b["documents"] for b in series["buckets"]] == [1, 1, 1], "five copies are one story"
-    assert [b["negative"] for b in series["buckets"]][:2] == [1, 0]
-    assert series["buckets"][1]["window"]["documents"] == 2
-    assert series["buckets"][1]["window"]["share"] == 0.5
-    daily = monitored.endpoint.get("/v1/opinions/trends?entity=first&topic=cars&bucket_minutes=10080").body
-    assert sum(b["documents"] for b in daily["series"][0]["buckets"]) == 3
-    assert monitored.endpoint.get("/v1/opinions/trends?topic=nothing").body["series"] == []
+    assert monitored.endpoint.post({"documents": []}, "/v1/opinions", authorization="").status == 401
 
 
 @pytest.mark.ray
@@ -152,47 +136,6 @@ def test_a_surge_is_an_alert_and_reaches_the_webhook_signed(monitored: Monitored
     assert monitored.endpoint.get("/v1/alerts?topic=jobs").body == {"alerts": []}
     later = quote((BEGIN + 94 * HOUR).isoformat())
     assert monitored.endpoint.get(f"/v1/alerts?since={later}").body == {"alerts": []}
-
-
-BAD: list[tuple[dict[str, Any], str, str]] = [
-    ({"time": "2026-03-01T09:00:00"}, "documents.0.time", "timezone_aware"),
-    ({"time": "yesterday"}, "documents.0.time", "datetime_from_date_parsing"),
-    ({"time": "1969-03-01T09:00:00Z"}, "documents.0.time", "invalid_time"),
-    ({"time": "2999-03-01T09:00:00Z"}, "documents.0.time", "invalid_time"),
-    ({"text": ""}, "documents.0.text", "string_too_short"),
-    ({"text": "x" * 501}, "documents.0.text", "string_too_long"),
-    ({"entity": " "}, "documents.0.entity", "string_pattern_mismatch"),
-    ({"entity": "a\0b"}, "documents.0.entity", "string_pattern_mismatch"),
-    ({"source": "x" * 201}, "documents.0.source", "string_too_long"),
-    ({"id": ""}, "documents.0.id", "string_too_short"),
-    ({"lang": "en"}, "documents.0.lang", "extra_forbidden"),
-]
-
-
-@pytest.mark.ray
-def test_bad_requests_are_a_400_that_names_the_value(monitored: Monitored) -> None:
-    for values, param, code in BAD:
-        answer = monitored.endpoint.post(
-            {"documents": [monitored.document(0, True, **values)]}, "/v1/opinions"
-        )
-        assert (answer.status, answer.body["error"]["param"], answer.body["error"]["code"]) == (
-            400,
-            param,
-            code,
-        )
-    assert monitored.endpoint.post({"documents": []}, "/v1/opinions").status == 400
-    for query, param in (
-        ("since=2026-03-02T00:00:00Z&until=2026-03-01T00:00:00Z", "since"),
-        ("since=2026-03-02T00:00:00", "query.since"),
-        ("bucket_minutes=0", "query.bucket_minutes"),
-        ("bucket_minutes=1", "bucket_minutes"),
-        ("since=1950-03-02T00:00:00Z", "since"),
-    ):
-        answer = monitored.endpoint.get(f"/v1/opinions/trends?{query}")
-        assert (answer.status, answer.body["error"]["param"]) == (400, param), query
-    assert monitored.endpoint.get("/v1/alerts?limit=0").status == 400
-    assert monitored.endpoint.get("/v1/alerts?entity=%00").body == {"alerts": []}
-    assert monitored.endpoint.post({"documents": []}, "/v1/opinions", authorization="").status == 401
 
 
 @pytest.mark.ray
