@@ -16,9 +16,10 @@ from urllib.parse import quote
 import pytest
 
 from cluster.local import free_port
-from lib import events
-from lib.artifacts import ModelRef
+from lib import events, storage
+from lib.artifacts import ModelRef, TaskFile
 from lib.errors import ConfigError, ModelError
+from lib.registry import VERSION_FILE
 from lib.settings import MonitoringSettings, Settings
 from lib.storage import local_copy
 from serve.opinions import Watching
@@ -52,35 +53,51 @@ class Monitored:
         return answer.body
 
 
-def texts_of_two_labels() -> tuple[str, str, str]:
-    """Two texts that reviews@1, whose weights are random, calls by different labels, and the first's label."""
-    from lib.settings import ServingSettings
+def publish_undecided(base: Path) -> tuple[str, str, str]:
+    """reviews@5: reviews@1, whose weights are random, with biases that make no label likelier than another. Two texts
+    to which it gives different labels, and the first's label."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
     from lib.tasks import sentiment
 
+    words = ["great", "awful", "dress", "size", "fabric", "love", "poor", "soft", "color", "okay"]
+    texts = [f"{a} {b}" for a in words for b in words]
     with local_copy(ModelRef("reviews", 1).uri) as folder:
-        predictor = sentiment.load(folder, ServingSettings())
-        words = ["great", "awful", "dress", "size", "fabric", "love", "poor", "soft", "color", "okay"]
-        texts = [f"{a} {b}" for a in words for b in words] + [f"{a} " * 20 for a in words]
-        answers = sentiment.predict(predictor, sentiment.Request(inputs=texts)).results
-    sure = sorted(zip(answers, texts, strict=True), key=lambda pair: -max(pair[0].scores.values()))
-    first = sure[0]
-    other = next(pair for pair in sure if pair[0].label != first[0].label)
-    return other[1], first[1], other[0].label
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        encoded = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True)
+        info = TaskFile.read(folder, "sentiment")
+    encoded.pop("token_type_ids", None)
+    with torch.no_grad():
+        logits = model(**encoded).logits
+        # Far apart, so that bf16 and fp32 give the same labels.
+        model.classifier.bias.sub_(logits.mean(0)).mul_(20)
+        model.classifier.weight.mul_(20)
+        logits = (logits - logits.mean(0)) * 20
+    ref = ModelRef("reviews", 5)
+    with storage.publish(ref.uri) as folder:
+        sentiment.save(model, base, info, folder)
+        files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
+        storage.write_json(str(folder / VERSION_FILE), {"files": files})
+    scores = torch.softmax(logits, -1).max(-1)
+    order = scores.values.argsort(descending=True).tolist()
+    other = next(place for place in order if scores.indices[place] != scores.indices[order[0]])
+    return texts[other], texts[order[0]], LABELS[int(scores.indices[other])]
 
 
 @pytest.fixture(scope="module")
-def monitored(store: Path, ray_cluster: None) -> Iterator[Monitored]:
-    """reviews@1 on two replicas, whose alerts go to a server of this test."""
+def monitored(store: Path, tiny_base: Path, ray_cluster: None) -> Iterator[Monitored]:
+    """reviews@5 on two replicas, whose alerts go to a server of this test."""
     from ray import serve as ray_serve
 
     from serve.deploy import deploy
 
-    bad, good, negative = texts_of_two_labels()
+    bad, good, negative = publish_undecided(tiny_base)
     receiver = Receiver(500, 200)
     hooks = [{"url": receiver.url, "secret_env": "WHORL_TEST_SECRET"}]
     rules = RULES.model_dump(mode="json") | {"negative": negative, "every_s": 0.5, "webhooks": hooks}
     settings = make_settings(
-        model="reviews@1", port=free_port(), min_replicas=2, max_replicas=2, max_chars=500
+        model="reviews@5", port=free_port(), min_replicas=2, max_replicas=2, max_chars=500
     )
     settings = Settings.model_validate(settings.model_dump(mode="json") | {"monitoring": rules})
     yield Monitored(Endpoint(deploy(settings), settings, key()), receiver, bad, good)
@@ -147,7 +164,7 @@ def test_what_was_sent_is_an_event_without_personal_data(monitored: Monitored) -
     assert monitored.endpoint.post(said, "/v1/feedback").status == 200
     (event,) = [row for row in events.read("reviews") if row["id"] == "opinion-1"]
     assert event["request"]["documents"][0]["text"] == "bad, says <EMAIL_1>"
-    assert (event["route"], event["model"]) == ("/v1/opinions", "reviews@1")
+    assert (event["route"], event["model"]) == ("/v1/opinions", "reviews@5")
     from lib.tasks import sentiment
 
     assert sentiment.from_feedback(event) == [{"text": "bad, says <EMAIL_1>", "label": LABELS[0]}]
