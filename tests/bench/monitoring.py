@@ -9,7 +9,7 @@ They have no times: these are drawn, with a seed, over WEEKS weeks. The rate fol
 reviews come three hours later in the day, so that the share of them has a season too. COPIES times one negative review
 is spread in 40 copies within three hours, with a word or two before it: a story that counts once. Then surges are
 planted (lib/opinions/backtest.py) and everything goes through `jobs.monitor`, with the default settings but for a
-window of 12 hours, in which the two largest departments have 110 and 70 reviews.
+window of 12 hours, in which the two largest departments have 60 and 37 reviews.
 
 The rival is a fixed threshold of the share, with the same windows, minimum volume and cool-down, chosen with hindsight:
 the lowest that has no more false alarms than ours.
@@ -80,9 +80,10 @@ def opinion(text: str, topic: str, time: int, bad: bool) -> Opinion:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.monitoring", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES, help="by how much a share rises")
     arguments = parser.parse_args()
     report = Report("monitoring")
-    for size in SIZES:
+    for size in arguments.sizes:
         found: dict[str, list[Outcome]] = {}
         for seed in arguments.seeds:
             wanted = PlantSettings(surges=SURGES, size=size, hours=HOURS, seed=seed)
