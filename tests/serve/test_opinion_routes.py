@@ -45,7 +45,7 @@ class Answering:
 def local(store: Path) -> Iterator[Endpoint]:
     with local_copy(ModelRef("reviews", 1).uri) as folder:
         replica = Answering(folder)
-    app = create_app("Whorl sentiment", "", replica, 20_000)
+    app = create_app("Whorl sentiment", "", replica)
     take_opinions(app, replica, MonitoringSettings(window_hours=2), "routes")
 
     @app.middleware("http")
