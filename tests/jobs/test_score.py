@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -16,7 +19,7 @@ from lib.artifacts import ModelRef
 from lib.command import run
 from lib.settings import Settings
 from lib.tasks import sentiment
-from tests.serve.test_chat import chat_settings, crown, engine_processes, publish_chat
+from tests.serve.test_chat import chat_settings, crown, publish_chat
 from tests.trained import evaluated, make_dataset, make_run, use
 
 
@@ -28,6 +31,11 @@ def settings(database: Path, tiny_base: Path) -> Settings:
     trained = make_run(made, dataset)
     registry.set_alias(registry.register(trained, evaluated(trained, dataset, 0.8)), registry.CHAMPION)
     return made
+
+
+def engines() -> set[int]:
+    """vLLM's processes on this machine."""
+    return {process.pid for process in psutil.process_iter() if process.name().startswith("VLLM::")}
 
 
 def texts(number: int) -> list[str]:
@@ -113,9 +121,7 @@ def test_a_model_that_is_not_there_or_of_another_task_is_one_line(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_dialogues_are_answered_by_vllm_as_by_transformers(
-    database: Path, tmp_path: Path, ray_cluster: None, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dialogues_are_answered_by_vllm_as_by_transformers(database: Path, tmp_path: Path) -> None:
     tracking.client().create_registered_model("helper")
     crown(publish_chat(1))
     asked = ["my phone does not ring", "it is soft", "x" * 400, "where is it?", ""]
@@ -133,10 +139,14 @@ def test_dialogues_are_answered_by_vllm_as_by_transformers(
     ]
     words += ["--score.max_tokens", "8", "--score.rows_per_shard", "2", "--score.bad_rows", "0.5"]
     found: dict[str, list[dict[str, Any]]] = {}
+    before = engines()
     for engine in ("vllm", "transformers"):
         out = tmp_path / engine
         chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
-        assert run(score, [*words, *chosen]) == 0
+        # A process of its own, as for a user: Ray Data's LLM support takes hold of a driver's output.
+        command = [sys.executable, "-m", "jobs.score", *words, *chosen]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
         manifest = json.loads((out / "_manifest.json").read_text())
         assert engine.replace("transformers", "torch") in manifest["engine"]
         assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
@@ -146,4 +156,4 @@ def test_dialogues_are_answered_by_vllm_as_by_transformers(
     assert "shorten them" in found["vllm"][2]["problem"]
     assert "asks nothing" in found["vllm"][4]["problem"]
     assert found["vllm"][0]["answer"]
-    assert not engine_processes()
+    assert engines() <= before

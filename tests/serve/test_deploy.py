@@ -299,14 +299,14 @@ def test_a_replica_without_a_model_says_so_and_takes_it_when_it_comes(
     from ray import serve as ray_serve
 
     from lib import tracking
-    from serve.sentiment import Sentiment
+    from serve.sentiment import Arguments, Sentiment
 
     port = free_port()
     ray_serve.shutdown()
     ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
     app = Sentiment.options(
         user_config={"model": "reviews@5"}, ray_actor_options={"runtime_env": {"env_vars": tracking.places()}}
-    ).bind(ServingSettings())
+    ).bind(Arguments())
     ray_serve.run(app, name="reviews", route_prefix="/")
     endpoint = Endpoint(f"http://127.0.0.1:{port}", make_settings(), key())
     for answer in (endpoint.get("/readyz"), endpoint.post({"inputs": ["great"]})):
