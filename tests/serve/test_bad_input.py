@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -62,6 +62,13 @@ def answered(connection: socket.socket) -> bytes:
     except OSError:
         pass
     return found
+
+
+def say(connection: socket.socket, data: bytes) -> None:
+    """Send it all, and say that this is all."""
+    with suppress(OSError):  # closed while we were talking
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
 
 
 def status(answer: bytes) -> int | None:
@@ -178,13 +185,11 @@ def test_garbage_is_a_4xx_or_a_closed_connection_also_behind_a_request(
     endpoint: Endpoint, garbage: bytes
 ) -> None:
     with connected(endpoint) as connection:
-        connection.sendall(garbage)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, garbage)
         assert (status(answered(connection)) or 400) // 100 == 4
     good = head(endpoint, "content-length: 17") + b'{"inputs": ["a"]}'
     with connected(endpoint) as connection:
-        connection.sendall(good + garbage)
-        connection.shutdown(socket.SHUT_WR)
+        say(connection, good + garbage)
         answers = answered(connection)
     assert status(answers) in (200, 400, None)  # HAProxy may see the garbage before the answer is there
     later = answers.split(b"HTTP/1.1 ")[2:]
