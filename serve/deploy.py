@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
-from lib.errors import ConfigError, ModelError, ResourceError
+from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.registry import parse_reference
 from lib.retrieval.index import current
 from lib.settings import ServingSettings, Settings
@@ -202,10 +202,13 @@ def _instead_of(app: dict[str, Any] | None, settings: Settings, ref: ModelRef) -
     if settings.serving.canary is None or not deployments:
         return None
     follows = deployments[0].get("user_config") or {}
-    asked, before = (
-        registry.resolve(*parse_reference(follows[key])) if key in follows else None
-        for key in ("model", "instead_of")
-    )
+    try:
+        asked, before = (
+            registry.resolve(*parse_reference(follows[key])) if key in follows else None
+            for key in ("model", "instead_of")
+        )
+    except RegistryError:  # what answers now is in the registry no more, and no replica could load it again
+        return None
     earlier = asked and canary.find(settings.name, asked.version)
     answering = asked if before is None or (earlier and earlier.passed) else before
     trial = canary.find(settings.name, ref.version)

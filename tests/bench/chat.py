@@ -35,7 +35,6 @@ from lib.registry import VERSION_FILE
 from lib.samples import sample_path
 from lib.settings import load_settings
 from serve.chat import engine_config
-from tests.bench.environments import rival_python
 from tests.bench.report import Report
 from tests.bench.serving import healthy, ray_environment, running
 
@@ -189,7 +188,6 @@ def main(kinds: list[str]) -> None:
         ):
             found["bare vLLM"] = all_of(ref.name)
     if "transformers" in kinds:
-        python = rival_python("serving", "typer==0.24.1")
         print("transformers serve:", flush=True)
         command = [
             "transformers.cli.transformers",
@@ -201,7 +199,7 @@ def main(kinds: list[str]) -> None:
             "cpu",
         ]
         command += ["--continuous-batching"]
-        with running(command, lambda: healthy(f"http://127.0.0.1:{port}/health"), python=python, **quiet):
+        with running(command, lambda: healthy(f"http://127.0.0.1:{port}/health"), **quiet):
             found["transformers serve"] = all_of(str(folder))
     report = Report("chat")
     for rival in list(found)[1:]:

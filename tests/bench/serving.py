@@ -97,14 +97,12 @@ def serve_ours(port: int, model: str) -> None:
 
 
 @contextmanager
-def running(
-    command: list[str], is_up: Callable[[], bool], python: str = sys.executable, **variables: str
-) -> Iterator[None]:
+def running(command: list[str], is_up: Callable[[], bool], **variables: str) -> Iterator[None]:
     """A server in a process of its own, a module with its arguments, from when it answers. It ends with its input, or
     else by a signal."""
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [python, "-m", *command],
+            [sys.executable, "-m", *command],
             env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=log,

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from lib.errors import RegistryError
 from lib.keys import Key
 from lib.settings import LogSettings, ServingSettings
 from serve import logs, traces
@@ -27,7 +28,7 @@ from tests.serve.collector import Collector, values
 
 class Model:
     def ready(self) -> Any:
-        raise NotImplementedError
+        raise RegistryError("the model is still loading")
 
 
 def application() -> FastAPI:
