@@ -47,7 +47,10 @@ def test_it_is_seen_from_outside(endpoint: Endpoint) -> None:
     deadline = time.monotonic() + 40
     while True:
         after = scraped()
-        if grown("ray_whorl_refused_requests_total", reason="key") >= 1 or time.monotonic() > deadline:
+        # The replica and Serve's controller tell each at times of their own.
+        replica_told = grown("ray_whorl_refused_requests_total", reason="key") >= 1
+        controller_told = total(after, "ray_serve_deployment_replica_healthy", **ours) >= 1
+        if (replica_told and controller_told) or time.monotonic() > deadline:
             break
         time.sleep(1)
     route = {"route": "/v1/sentiment"}
