@@ -2,7 +2,8 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
-CONFIG ?= jobs/configs/reviews.yaml
+# Of the demo; each goes through the whole line, in this order.
+CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml
 # PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
@@ -22,9 +23,9 @@ $(VENV)/ready: requirements.lock
 	$(BIN)/python -m pip install --no-deps --progress-bar on -r requirements.lock
 	touch $@
 
-demo: setup  ## the main job: real reviews in, a fine-tuned model served
+demo: setup  ## the main job: reviews and dialogues in, fine-tuned models served, sentiment and grounded chat
 	$(BIN)/python -m cluster.local up
-	$(BIN)/python -m jobs.pipeline --config $(CONFIG)
+	set -e; for config in $(CONFIG); do $(BIN)/python -m jobs.pipeline --config $$config; done
 
 stop:  ## end the cluster and the service; no process is left
 	$(BIN)/python -m cluster.local down

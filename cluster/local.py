@@ -61,6 +61,10 @@ def environment() -> dict[str, str]:
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.headers:middlewares",
         # A client that sends nothing for so long is let go: an hour, by default. Whoever waits for an answer is not.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
+        # What a killed replica had in hand is asked of another one, where no byte of an answer was sent: all of our
+        # routes may be asked twice under one request id. Not more often, since a request may be what kills them.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "2",
         "VLLM_LOGGING_LEVEL": "ERROR",
         # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),

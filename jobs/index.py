@@ -1,6 +1,6 @@
 """Make a knowledge base: documents → passages → an index that `serving.knowledge` grounds a chat model's answers in.
 
-    python -m jobs.index --config jobs/configs/support_chat.yaml [--knowledge.source DIR ...]
+    python -m jobs.index --config jobs/configs/shop_chat.yaml [--knowledge.source DIR ...]
 
 Reads Markdown, HTML, text and PDF, embeds their passages on Ray Data, and publishes a Lance index (vectors and full
 text) under indexes/NAME/FINGERPRINT in storage. The fingerprint stands for the documents and the configuration: a

@@ -24,6 +24,7 @@ from lib.data.plan import plan
 from lib.settings import Settings
 from lib.tasks import load_task
 
+INDEX = ("index", "jobs.index", "documents → knowledge base")
 STAGES = (
     ("preprocess", "jobs.preprocess", "raw rows → dataset"),
     ("finetune", "jobs.finetune", "dataset → checkpoint"),
@@ -38,8 +39,9 @@ KEY_DAYS = 1
 def pipeline(settings: Settings) -> None:
     began = time.monotonic()
     environment = {**os.environ, "WHORL_PIPELINE": os.environ.get("WHORL_PIPELINE") or uuid.uuid4().hex[:12]}
-    for number, (name, module, what) in enumerate(STAGES, 1):
-        print(f"\n━━ {number}/{len(STAGES)} {name}: {what} ━━", flush=True)
+    stages = (INDEX, *STAGES) if settings.knowledge.source else STAGES
+    for number, (name, module, what) in enumerate(stages, 1):
+        print(f"\n━━ {number}/{len(stages)} {name}: {what} ━━", flush=True)
         started = time.monotonic()
         # The words as they were given: each stage reads the same file and the same overrides.
         code = subprocess.run([sys.executable, "-m", module, *sys.argv[1:]], env=environment).returncode
@@ -54,7 +56,7 @@ def pipeline(settings: Settings) -> None:
 
 def ask(settings: Settings) -> None:
     """Send rows of the test split to the endpoint, as many as some seconds allow; show some answers and the
-    latency of all."""
+    latency of all, and say of the first what it should have been."""
     shard = plan(settings).ref.shards("test")[0]
     with storage.local_copy(shard) as path:
         rows = pq.read_table(path).slice(0, TIMED).to_pylist()
@@ -78,6 +80,14 @@ def ask(settings: Settings) -> None:
             reply.raise_for_status()
             if number < SHOWN:
                 print(f"  {task.tell(row, reply.json(), classes)}")
+            if number == 0 and serving.events.record and hasattr(task, "feedback"):
+                said = task.feedback(row, classes)
+                client.post(
+                    "/v1/feedback", json={"request_id": reply.headers["x-request-id"], **said}
+                ).raise_for_status()
+                print(
+                    f"    feedback on it is kept: {said}; python -m jobs.curate makes a source of what was said"
+                )
     seconds.sort()
     print(
         f"  {len(seconds)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"

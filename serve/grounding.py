@@ -2,10 +2,6 @@
 
 `Knowledge` follows an index: a thread looks at its pointer and opens a new version beside the old one, which goes on
 answering until then. `Grounding` finds the passages of a request and writes them into its system message.
-
-What is searched: the last thing that the user said, and, where it is not the first, the same together with what was said
-before (`questions_of`). The first alone would lose the subject of "and how long does that take?", the second alone
-would hold on to a subject that the user has left; the rankings of both are fused.
 """
 
 from __future__ import annotations
@@ -21,9 +17,10 @@ import numpy as np
 
 from lib import storage
 from lib.artifacts import IndexRef, ModelRef
-from lib.errors import ModelError, RequestError, unwrap
+from lib.errors import ModelError, unwrap
 from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import Index, current
+from lib.retrieval.prompt import Prompter, questions_of
 from lib.retrieval.search import Hit, search
 from lib.settings import GroundingSettings, ServingSettings
 from serve import metrics
@@ -34,11 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-# What a chat template adds to a message, at most: role, marks of its beginning and end.
-MESSAGE_TOKENS = 16
 QUESTION_TOKENS_PER_BATCH = 2048
-# More of a question is not looked at; an encoder reads some hundred tokens.
-QUESTION_CHARS = 4000
 
 
 @dataclass(frozen=True)
@@ -121,16 +114,13 @@ class Knowledge:
 
 
 class Grounding:
-    """Grounds requests to one chat model, whose tokenizer must not truncate and whose `context` is the most tokens of
-    a prompt and its answer together."""
+    """Grounds requests to one chat model (`Prompter`)."""
 
     def __init__(
         self, knowledge: Knowledge, settings: GroundingSettings, tokenizer: Tokenizer, context: int
     ) -> None:
         self._knowledge = knowledge
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._context = context
+        self._prompter = Prompter(settings, tokenizer, context)
 
     @classmethod
     def of(cls, settings: GroundingSettings, ref: ModelRef, max_model_len: int | None) -> Grounding:
@@ -159,68 +149,11 @@ class Grounding:
             return Grounded(list(messages), [])
         hits = await self._knowledge.search(questions)
         metrics.current().count("whorl_retrievals_total", found="yes" if hits else "no")
-        if not hits:
-            return Grounded(with_system(messages, self._settings.nothing_found), [], self._settings.unknown)
+        if not hits and self._prompter.settings.unknown is not None:
+            return Grounded(list(messages), [], self._prompter.settings.unknown)
         # Long conversations take long to count, and others wait for this thread.
-        chosen = await asyncio.to_thread(self._fitting, hits, messages, answer_tokens)
-        passages = "\n\n".join(numbered(i, hit) for i, hit in enumerate(chosen, 1))
-        told = with_system(messages, f"{self._settings.instructions}\n\n{passages}")
+        told, chosen = await asyncio.to_thread(self._prompter.told, messages, hits, answer_tokens)
         return Grounded(told, [cited(i, hit) for i, hit in enumerate(chosen, 1)])
-
-    def _fitting(
-        self, hits: Sequence[Hit], messages: Sequence[dict[str, Any]], answer_tokens: int | None
-    ) -> list[Hit]:
-        """The first passages that the context has room for."""
-        said = sum(self._tokens(text_of(message)) + MESSAGE_TOKENS for message in messages)
-        said += self._tokens(self._settings.instructions) + MESSAGE_TOKENS
-        room = self._context - said - (answer_tokens or self._settings.answer_tokens)
-        left = min(room, self._settings.passage_tokens)
-        chosen: list[Hit] = []
-        for hit in hits:
-            needed = self._tokens(numbered(len(chosen) + 1, hit)) + 2
-            if needed <= left:
-                chosen.append(hit)
-                left -= needed
-        if not chosen:
-            raise RequestError(
-                f"the conversation leaves {max(room, 0)} of {self._context} tokens for passages of the knowledge base, "
-                "too few for one; send fewer or shorter messages, or a lower max_tokens",
-                param="messages",
-                code="context_length_exceeded",
-            )
-        return chosen
-
-    def _tokens(self, text: str) -> int:
-        return len(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def questions_of(messages: Sequence[dict[str, Any]]) -> list[str]:
-    """Ways of putting a conversation's question: the user's last turn, and that with the turns before it, the latest
-    first, so that an encoder which cuts long texts cuts the oldest. None when the user says nothing."""
-    turns = [text_of(message) for message in messages if message.get("role") == "user"]
-    said = [turn for turn in reversed(turns) if turn.strip()]
-    ways = [] if not said else said if len(said) == 1 else [said[0], "\n".join(said)]
-    return [way[:QUESTION_CHARS] for way in ways]
-
-
-def text_of(message: dict[str, Any]) -> str:
-    """What a message says, in one text; OpenAI's parts that are no text say nothing."""
-    content = message.get("content") or ""
-    if isinstance(content, str):
-        return content
-    return "\n".join(str(part.get("text") or "") for part in content if part.get("type") == "text")
-
-
-def with_system(messages: Sequence[dict[str, Any]], said: str) -> list[dict[str, Any]]:
-    """The conversation with something more in its system message, which is made where there is none."""
-    first, *rest = messages
-    if first.get("role") not in ("system", "developer"):
-        return [{"role": "system", "content": said}, *messages]
-    return [{**first, "content": f"{text_of(first)}\n\n{said}".strip()}, *rest]
-
-
-def numbered(number: int, hit: Hit) -> str:
-    return f"[{number}] {' > '.join((hit.title, *hit.headings))}\n{hit.text}"
 
 
 def cited(number: int, hit: Hit) -> dict[str, Any]:

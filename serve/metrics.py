@@ -66,6 +66,11 @@ INSTRUMENTS = {
     "whorl_retrievals_total": Instrument(
         "counter", "Searches of a knowledge base, by whether a passage was relevant (yes, no)", ("found",)
     ),
+    "whorl_opinions_total": Instrument("counter", "Documents that POST /v1/opinions kept, each once"),
+    "whorl_alerts_total": Instrument("counter", "Surges of negative opinion that raised an alert"),
+    "whorl_webhooks_total": Instrument(
+        "counter", "Attempts to tell a webhook of an alert: delivered, failed, given up", ("outcome",)
+    ),
     "whorl_model_info": Instrument(
         "gauge", "1 for the version that a replica serves, 0 for those before", ("replica", "model", "engine")
     ),

@@ -27,6 +27,7 @@ from lib.opinions.store import document_id
 from lib.opinions.tables import Alert, Opinion
 from lib.settings import MonitoringSettings, ServingSettings
 from lib.tasks import sentiment as task
+from serve import metrics
 from serve.http import request_id
 from serve.opinion_forms import (
     AlertResponse,
@@ -94,7 +95,9 @@ class Watching:
             return
         for alert in watch.look(self._application, self._rules):
             logger.info("alert %s: %d of %d negative", alert.id, alert.negative, alert.documents)
-        webhooks.send(self._application, self._rules)
+            metrics.current().count("whorl_alerts_total")
+        for outcome, number in webhooks.send(self._application, self._rules).items():
+            metrics.current().count("whorl_webhooks_total", number, outcome=outcome)
 
 
 def take_opinions(app: FastAPI, replica: Answering, rules: MonitoringSettings, application: str) -> None:
@@ -110,6 +113,7 @@ def take_opinions(app: FastAPI, replica: Answering, rules: MonitoringSettings, a
         state.model = str(ref)
         found = [_opinion(*row, rules) for row in zip(documents, times, answers, strict=True)]
         new = await _of_database(store.add, application, found, rules.negative)
+        metrics.current().count("whorl_opinions_total", new)
         results = [
             Scored(**answer.model_dump(), id=one.id, topic=one.topic or None)
             for answer, one in zip(answers, found, strict=True)

@@ -29,6 +29,8 @@ os.environ["WHORL_TEST_SECRET"] = "a secret of the tests"
 os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
 os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
+os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
+os.environ["RAY_SERVE_HAPROXY_RETRIES"] = "2"
 os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.headers:middlewares"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"

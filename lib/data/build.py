@@ -43,7 +43,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         dropped = None if keep else find_duplicates(plan.reading, hashes)
         del hashes  # 36 bytes a row, in the object store
         say("tokenising and writing")
-        written = write(plan.reading, plan.settings, scanned, dropped, uri, say)
+        written = write(plan.reading, plan.settings, scanned, dropped, uri, say, plan.knowledge)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written)
         storage.write_json(storage.join(uri, "manifest.json"), manifest)
@@ -111,6 +111,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
         **plan.manifest_head(),
         "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
+        **({"knowledge": str(plan.knowledge)} if plan.knowledge else {}),
         "rows_read": scanned.rows,
         "dropped": {
             "empty": scanned.empty,

@@ -21,8 +21,8 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from lib.artifacts import SPLITS
-from lib.data import blocks, dedup
+from lib.artifacts import SPLITS, IndexRef
+from lib.data import blocks, dedup, grounding
 from lib.data.blocks import Block, Reading
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
@@ -125,8 +125,10 @@ def write(
     dropped: ray.data.Dataset | None,
     uri: str,
     say: Callable[[str], None],
+    knowledge: IndexRef | None = None,
 ) -> Written:
-    """Second pass: read again, leave out what is dropped, encode, write the shards under `uri`.
+    """Second pass: read again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
+    passages that `knowledge` has for them.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
@@ -139,6 +141,7 @@ def write(
             "first_shards": first_shards,
             "dropped": dropped.to_arrow_refs() if dropped else [],
             "uri": uri,
+            "knowledge": knowledge,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -286,6 +289,7 @@ def write_block(
     first_shards: Sequence[int],
     dropped: Sequence[Any],
     uri: str,
+    knowledge: IndexRef | None = None,
 ) -> pa.Table:
     """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
@@ -304,9 +308,10 @@ def write_block(
     given = reading.splits(positions[keep])
     places = np.where(given < 0, assign(ready.group[keep], data), given)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
+    rows = rows.filter(pa.array(~spare))
     try:
         splits = write_shards(
-            rows.filter(pa.array(~spare)),
+            rows if knowledge is None else grounding.ground(rows, settings, knowledge),
             places[~spare],
             first_shards[block.fragment] + block.number,
             uri,

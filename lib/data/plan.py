@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lib import storage
-from lib.artifacts import DatasetRef
+from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, sources
+from lib.data import blocks, grounding, sources
 from lib.data.readers import column_names
+from lib.retrieval.index import current
 from lib.settings import Settings
 from lib.tasks import load_task
 
@@ -37,6 +38,8 @@ class Plan:
     ref: DatasetRef
     parts: dict[str, Plan] = field(default_factory=dict)
     """multitask: the datasets that this one is mixed of (`lib.data.mix`); it has no files of its own then."""
+    knowledge: IndexRef | None = None
+    """chat: the version of an index whose passages the dialogues get."""
 
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest of every dataset begins with."""
@@ -55,8 +58,8 @@ class Plan:
 def plan(settings: Settings) -> Plan:
     """Look at the source and name the dataset, without reading rows or starting Ray.
 
-    Raises ConfigError, DataError, StorageError or ModelError, in one line, for a source or a base model
-    that cannot be used.
+    Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
+    or an index that cannot be used.
     """
     data = settings.data
     if data.parts:
@@ -81,6 +84,9 @@ def plan(settings: Settings) -> Plan:
             sources.check_columns(file, keys, present)
         checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
+    knowledge = None
+    if data.grounded and settings.serving.knowledge is not None:
+        knowledge = current(settings.serving.knowledge.index)
     # What the loss does with a head changes no row.
     heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     identity = {
@@ -93,15 +99,15 @@ def plan(settings: Settings) -> Plan:
             [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
         ],
         "chat_template": template and template_text(template),
-        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads", "parts", "temperature"})
-        | ({"heads": heads} if heads else {}),
+        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads", "parts", "temperature", "grounded"})
+        | ({"heads": heads} if heads else {})
+        | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     lists = task.LISTS.intersection(columns)
     reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
-    return Plan(
-        settings, reading, checksums, tokenizer, DatasetRef(settings.name, storage.fingerprint(identity))
-    )
+    ref = DatasetRef(settings.name, storage.fingerprint(identity))
+    return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge)
 
 
 def _mixed(settings: Settings) -> Plan:

@@ -10,11 +10,17 @@ bootstrap resamples of them, come from the same numbers.
     repetition   1 - different / all runs of 4 words inside an answer (seq-rep-4: Welleck et al. 2020), mean
     refusals     share that matches a pattern of `evaluation.answers.refusals`
     cut          share that was ended by max_new_tokens
+
+and of dialogues with passages of a knowledge base (`data.grounded`):
+
+    grounded     share of an answer's words that the passages have (K-Precision: Adlakha et al. 2023), mean
+    abstained    of dialogues for which no passage was found, share whose answer is a refusal
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,14 +55,31 @@ class AnswerFigures:
     words: list[list[str]]
     tokens: Floats
     """Tokens of each answer, without the one that ends it."""
+    grounded: Floats
+    """NaN where there were no passages."""
+    abstained: Floats
+    """NaN where there were passages, or are none in all of the data."""
 
     def additive(self, metric: str) -> Additive:
-        """The figure of this name as sums over answers. Raises KeyError for one that is not such (distinct-n)."""
+        """The figure of this name as sums over answers. Raises KeyError for one that is not such (distinct-n), or that none
+        of the answers has."""
         if metric == "chrf":
             return Additive(self.chrf, chrf_score)
+        if metric in OF_SOME:
+            values = getattr(self, metric)
+            counted = ~np.isnan(values)
+            if not counted.any():
+                raise KeyError(metric)
+            sums = np.stack([np.where(counted, values, 0.0), counted.astype(np.float64)], axis=1)
+            return Additive(sums, lambda sums: np.asarray(sums[..., 0] / np.maximum(sums[..., 1], 1)))
         if metric not in MEANS:
             raise KeyError(metric)
         return mean_of(getattr(self, metric))
+
+    @property
+    def of_some(self) -> list[str]:
+        """Those of OF_SOME that there are."""
+        return [name for name in OF_SOME if not np.isnan(getattr(self, name)).all()]
 
     def part(self, rows: Sequence[int] | np.ndarray) -> AnswerFigures:
         """The figures of some answers."""
@@ -71,6 +94,7 @@ class AnswerFigures:
             **{name: self.additive(name).value for name in ("rouge_l", "chrf", "exact_match")},
             **{f"distinct_{n}": distinct(self.words, n) for n in (1, 2)},
             **{name: self.additive(name).value for name in ("repetition", "refusals", "cut")},
+            **{name: self.additive(name).value for name in self.of_some},
             "tokens_mean": float(self.tokens.mean()),
             "tokens_p5": float(low),
             "tokens_median": float(middle),
@@ -79,6 +103,8 @@ class AnswerFigures:
 
 
 MEANS = ("rouge_l", "exact_match", "repetition", "refusals", "cut")
+OF_SOME = ("grounded", "abstained")
+"""Means over some of the answers."""
 
 
 def figures(
@@ -87,23 +113,32 @@ def figures(
     refusals: Sequence[str],
     tokens: Sequence[int],
     cut: Sequence[bool],
+    passages: Sequence[str] | None = None,
 ) -> AnswerFigures:
-    """Measure answers against references; `refusals` are regular expressions, matched without regard to case."""
+    """Measure answers against references; `refusals` are regular expressions, matched without regard to case.
+    `passages` is what each could rest on; empty where nothing was found."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], tokenizer=Words())
     patterns = [re.compile(pattern, re.IGNORECASE) for pattern in refusals]
     words = [Words().tokenize(answer) for answer in answers]
     pairs = list(zip(answers, references, strict=True))
+    refused = np.array([float(any(p.search(answer) for p in patterns)) for answer in answers])
+    found = np.array([bool(text) for text in passages or [""] * len(answers)], bool)
+    grounded = np.full(len(answers), np.nan)
+    for i in np.flatnonzero(found):
+        grounded[i] = precision(words[i], Words().tokenize((passages or [])[i]))
     return AnswerFigures(
         rouge_l=np.array([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]),
         chrf=chrf_statistics(answers, references),
         exact_match=np.array([float(_plain(answer) == _plain(reference)) for answer, reference in pairs]),
         repetition=np.array([repetition(each) for each in words]),
-        refusals=np.array([float(any(p.search(answer) for p in patterns)) for answer in answers]),
+        refusals=refused,
         cut=np.array(cut, np.float64),
         words=words,
         tokens=np.array(tokens, np.float64),
+        grounded=grounded,
+        abstained=np.where(found | (passages is None), np.nan, refused),
     )
 
 
@@ -143,6 +178,11 @@ def _chrf() -> Any:
     from sacrebleu.metrics.chrf import CHRF
 
     return CHRF()
+
+
+def precision(words: Sequence[str], known: Sequence[str]) -> float:
+    """Share of the words that are among the known ones, each as often as it is there; 1 for no words."""
+    return (Counter(words) & Counter(known)).total() / len(words) if words else 1.0
 
 
 def distinct(words: Sequence[Sequence[str]], n: int) -> float:

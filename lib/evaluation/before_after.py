@@ -23,7 +23,7 @@ from lib.evaluation.scoring import read_task
 from lib.settings import Settings
 
 Messages = list[dict[str, str]]
-FEATURES = ("id", "length", "messages", "input_ids", "labels")
+FEATURES = ("id", "length", "messages", "passages", "input_ids", "labels")
 
 
 def deciding(settings: Settings) -> str:
@@ -34,6 +34,8 @@ def deciding(settings: Settings) -> str:
             f"promotion.metric: {metric!r} cannot decide{nearest(metric, MAY_DECIDE)} "
             f"(known: {', '.join(MAY_DECIDE)})"
         )
+    if metric == "grounded" and not settings.data.grounded:
+        raise ConfigError("promotion.metric: grounded needs dialogues with passages; set data.grounded")
     return metric
 
 
@@ -138,7 +140,8 @@ def read_test(dataset: DatasetRef, most: int, slices: Sequence[str]) -> tuple[As
         told.append(before)
         references.append(reference)
         counts.append(max(int((labels[start:] != IGNORED).sum()) - 1, 0))  # without the end mark
-    return Asked(light, places[labelled], told, references, counts), prompts
+    passages = [row["passages"] for row in rows] if "passages" in rows[0] else None
+    return Asked(light, places[labelled], told, references, counts, passages), prompts
 
 
 def last_exchange(messages: Messages) -> tuple[Messages, str]:

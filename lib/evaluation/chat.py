@@ -16,7 +16,13 @@ import pyarrow as pa
 
 from lib.artifacts import AnswersReport, EvalReport
 from lib.evaluation import answer_metrics
-from lib.evaluation.answer_metrics import AnswerFigures, bits_per_byte_of, mean_of, perplexity_of
+from lib.evaluation.answer_metrics import (
+    OF_SOME,
+    AnswerFigures,
+    bits_per_byte_of,
+    mean_of,
+    perplexity_of,
+)
 from lib.evaluation.answering import Answered
 from lib.evaluation.classification import MODEL, Measured, Subject
 from lib.evaluation.intervals import Additive, bootstrap_sums, interval
@@ -30,8 +36,8 @@ DECIDING = "perplexity"
 # Of all rows, from likelihoods; the others are of generated answers.
 LIKELIHOODS = ("perplexity", "bits_per_byte", "ranking_accuracy", "preference_accuracy")
 # By which a version may be promoted. What counts down, lib.direction says.
-MAY_DECIDE = ("perplexity", "bits_per_byte", "ranking_accuracy", "rouge_l", "chrf", "exact_match")
-COMPARED = (*MAY_DECIDE, "preference_accuracy", "repetition", "refusals", "cut")
+MAY_DECIDE = ("perplexity", "bits_per_byte", "ranking_accuracy", "rouge_l", "chrf", "exact_match", "grounded")
+COMPARED = (*MAY_DECIDE, "abstained", "preference_accuracy", "repetition", "refusals", "cut")
 MOST_SLICES = 20
 NOT_SLICES = ("id", "length")
 
@@ -49,6 +55,8 @@ class Asked:
     references: list[str]
     """[G] the last answer itself."""
     reference_tokens: list[int]
+    passages: list[str] | None = None
+    """[G] what a knowledge base had for each, empty where nothing; None where the data is not grounded."""
 
 
 def measure(
@@ -73,6 +81,7 @@ def measure(
         settings.answers.refusals,
         [len(words) for words in map(answer_metrics.Words().tokenize, nearest.answers)],
         [False] * len(nearest.answers),
+        asked.passages,
     )
     additive = {name: _additive(predictions, name, one) for name, one in figures.items()}
     metrics = {name: _summary(additive[name], one) for name, one in figures.items()}
@@ -151,6 +160,7 @@ def _stored(measured: Measured, metric: str) -> tuple[list[str], Additive]:
         [],
         said["answer_tokens"].to_pylist(),
         said["cut"].to_pylist(),
+        said["passages"].to_pylist() if "passages" in said.column_names else None,
     )
     return said["id"].to_pylist(), figures.additive(metric)
 
@@ -182,6 +192,7 @@ def _predictions(asked: Asked, model: Answered, base: Answered, nearest: Nearest
         "cut": _spread(asked, model.answers["cut"].to_pylist(), pa.bool_()),
         "base_answer": _spread(asked, base.answers["answer"].to_pylist(), pa.string()),
         "nearest_answer": _spread(asked, nearest.answers, pa.string()),
+        **({"passages": _spread(asked, asked.passages, pa.string())} if asked.passages else {}),
     }
     return pa.table(columns)
 
@@ -202,6 +213,7 @@ def _figures(answered: Answered, asked: Asked, settings: EvaluationSettings) -> 
         settings.answers.refusals,
         table["tokens"].to_pylist(),
         table["cut"].to_pylist(),
+        asked.passages,
     )
 
 
@@ -235,7 +247,8 @@ def _likelihood(table: pa.Table, system: str) -> dict[str, Additive]:
 def _additive(table: pa.Table, system: str, figures: AnswerFigures) -> dict[str, Additive]:
     """Every figure of a system that has an interval."""
     found = {} if system == NEAREST else _likelihood(table, system)
-    return found | {name: figures.additive(name) for name in COMPARED if name not in LIKELIHOODS}
+    lacking = {*LIKELIHOODS, *OF_SOME} - {*figures.of_some}
+    return found | {name: figures.additive(name) for name in COMPARED if name not in lacking}
 
 
 def _summary(additive: dict[str, Additive], figures: AnswerFigures) -> dict[str, float]:
@@ -275,9 +288,21 @@ def _intervals(
 def _reference(asked: Asked) -> dict[str, float]:
     """What the references' own texts measure, to hold the answers against."""
     figures = answer_metrics.figures(
-        asked.references, asked.references, [], asked.reference_tokens, [False] * len(asked.references)
+        asked.references,
+        asked.references,
+        [],
+        asked.reference_tokens,
+        [False] * len(asked.references),
+        asked.passages,
     )
-    apart = {"rouge_l", "chrf", "exact_match", "refusals", "cut"}  # of a text beside itself they say nothing
+    apart = {
+        "rouge_l",
+        "chrf",
+        "exact_match",
+        "refusals",
+        "abstained",
+        "cut",
+    }  # of a text beside itself they say nothing
     return {name: value for name, value in figures.summary().items() if name not in apart}
 
 

@@ -28,6 +28,8 @@ HEADINGS = {
     "distinct_1": ("distinct-1", "{:.3f}"),
     "distinct_2": ("distinct-2", "{:.3f}"),
     "repetition": ("repetition", "{:.3f}"),
+    "grounded": ("grounded", "{:.3f}"),
+    "abstained": ("abstained", "{:.1%}"),
     "refusals": ("refusals", "{:.1%}"),
     "cut": ("cut off", "{:.1%}"),
     "tokens_mean": ("tokens, mean", "{:.1f}"),

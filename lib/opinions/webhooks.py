@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ WAIT_S, LONGEST_S = 10.0, 6 * 3600.0
 SECRET_CHARS = 16
 """A shorter secret could be guessed."""
 TOGETHER = 100
+DELIVERED, FAILED, GIVEN_UP = "delivered", "failed", "given up"
 
 
 def secret_of(webhook: WebhookSettings) -> str:
@@ -95,8 +97,9 @@ def wait(attempts: int, chance: random.Random) -> float:
     return longest * (0.5 + chance.random() / 2)
 
 
-def send(application: str, rules: MonitoringSettings, client: httpx.Client | None = None) -> int:
-    """Send what is due; how many were taken. What fails is left for later; nothing is raised for it."""
+def send(application: str, rules: MonitoringSettings, client: httpx.Client | None = None) -> Counter[str]:
+    """Send what is due; how many were `delivered`, `failed` and are left for later, or are `given up`. Nothing is
+    raised for them."""
     by_url = {webhook.url: webhook for webhook in rules.webhooks}
     due = select(DELIVERIES, *(column.label(f"alert_{column.name}") for column in ALERTS.c))
     due = due.join(ALERTS, ALERTS.c.id == DELIVERIES.c.alert)
@@ -104,19 +107,20 @@ def send(application: str, rules: MonitoringSettings, client: httpx.Client | Non
     due = due.where(DELIVERIES.c.next <= time.time()).order_by(DELIVERIES.c.next).limit(TOGETHER)
     with database.engine().connect() as db:
         rows = [dict(row) for row in db.execute(due).mappings()]
-    taken = 0
+    outcomes: Counter[str] = Counter()
     own = client or httpx.Client(follow_redirects=False)
     try:
         for row in rows:
             webhook = by_url.get(row["url"])
             if webhook is None:
-                _write(row, state="given up", outcome="the URL is not configured any more")
+                _write(row, state=GIVEN_UP, outcome="the URL is not configured any more")
+                outcomes[GIVEN_UP] += 1
             elif _claim(row, webhook):
-                taken += _try(own, row, webhook)
+                outcomes[_try(own, row, webhook)] += 1
     finally:
         if client is None:
             own.close()
-    return taken
+    return outcomes
 
 
 def _claim(row: dict[str, Any], webhook: WebhookSettings) -> bool:
@@ -127,7 +131,7 @@ def _claim(row: dict[str, Any], webhook: WebhookSettings) -> bool:
         return bool(db.execute(mine.where(DELIVERIES.c.state == "waiting").values(next=later)).rowcount)
 
 
-def _try(client: httpx.Client, row: dict[str, Any], webhook: WebhookSettings) -> bool:
+def _try(client: httpx.Client, row: dict[str, Any], webhook: WebhookSettings) -> str:
     alert = read({column.name: row[f"alert_{column.name}"] for column in ALERTS.c})
     body = json.dumps({"type": "alert", "alert": payload(alert)}, ensure_ascii=False).encode()
     attempts, taken = row["attempts"] + 1, False
@@ -144,8 +148,9 @@ def _try(client: httpx.Client, row: dict[str, Any], webhook: WebhookSettings) ->
     except (httpx.HTTPError, httpx.InvalidURL, ConfigError) as error:
         outcome = str(error) if isinstance(error, ConfigError) else type(error).__name__
     if taken:
-        _write(row, state="delivered", attempts=attempts, outcome=outcome)
-    elif attempts >= webhook.attempts:
+        _write(row, state=DELIVERED, attempts=attempts, outcome=outcome)
+        return DELIVERED
+    if attempts >= webhook.attempts:
         logger.error(
             "alert %s was given up for %s after %d attempts: %s",
             alert.id,
@@ -153,12 +158,12 @@ def _try(client: httpx.Client, row: dict[str, Any], webhook: WebhookSettings) ->
             attempts,
             outcome,
         )
-        _write(row, state="given up", attempts=attempts, outcome=outcome)
-    else:
-        pause = wait(attempts, random.SystemRandom())
-        logger.warning("alert %s was not taken (%s); again in %.0f s", alert.id, outcome, pause)
-        _write(row, attempts=attempts, outcome=outcome, next=time.time() + pause)
-    return taken
+        _write(row, state=GIVEN_UP, attempts=attempts, outcome=outcome)
+        return GIVEN_UP
+    pause = wait(attempts, random.SystemRandom())
+    logger.warning("alert %s was not taken (%s); again in %.0f s", alert.id, outcome, pause)
+    _write(row, attempts=attempts, outcome=outcome, next=time.time() + pause)
+    return FAILED
 
 
 def _write(row: dict[str, Any], **values: Any) -> None:

@@ -25,6 +25,8 @@ RESERVED_COLUMNS = {
     "tags",
     "input_ids",
     "labels",
+    "asked",
+    "passages",
     "rejected_messages",
     "rejected_input_ids",
     "rejected_labels",
@@ -157,6 +159,9 @@ class DataSettings(Labelled):
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
     heads: dict[Name, HeadSettings] = {}
     """sentiment: several heads on one encoder, instead of `labels` and `columns.label`. The first is the main one."""
+    grounded: bool = False
+    """chat: give each dialogue the passages that `serving.knowledge` finds for its last question, so that the model is
+    trained on what it will see."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}

@@ -88,6 +88,7 @@ REFUSALS = [
     r"^\W*(i'?m|i am|we'?re|we are) (very |so |really )?(sorry|afraid)\b",
     r"\b(i|we) (can'?t|cannot|can not|won'?t|will not|am unable to|'?m unable to|are unable to|'?m not able to|"
     r"am not able to) (help|assist|provide|answer|do|discuss|comply|fulfil|respond|offer|give|share|engage)\b",
+    r"\b(i|we) (do not|don'?t) know\b",
     r"\bas an? (ai|artificial intelligence|(large )?language model)\b",
     r"\bi (do not|don'?t) have (access|the ability|enough information|personal|information)\b",
 ]

@@ -72,7 +72,7 @@ class SearchSettings(Section):
 
 
 class GroundingSettings(SearchSettings):
-    """How a chat model's answers are grounded (serve/grounding.py)."""
+    """How a chat model's answers are grounded (lib/retrieval/prompt.py, serve/grounding.py)."""
 
     index: Name
     """Made by `jobs.index`; its current version is followed."""

@@ -59,6 +59,14 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _grounded(self) -> Settings:
+        if self.data.grounded and self.task != "chat":
+            raise ValueError(f"data.grounded: only chat is grounded, not {self.task}; leave it out")
+        if self.data.grounded and self.serving.knowledge is None:
+            raise ValueError("data.grounded needs serving.knowledge, the name of an index; add it")
+        return self
+
+    @model_validator(mode="after")
     def _parts(self) -> Settings:
         if bool(self.data.parts) != (self.task == "multitask"):
             raise ValueError("the task multitask needs data.parts, and only it takes them")

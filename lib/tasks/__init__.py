@@ -166,6 +166,10 @@ class Task(Protocol):
         `name` is the served model's, for an API whose requests name one.
         """
 
+    def feedback(self, row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+        """What POST /v1/feedback would be told of the answer to such a request by somebody who knows the truth, in a
+        form that teaches (`from_feedback`). A task without `from_feedback` has none."""
+
     def from_feedback(self, event: dict[str, Any]) -> list[dict[str, Any]]:
         """Rows of a source, under default names of columns, that an event and what was said of it teach
         (`lib.events.read`). A task without it learns nothing from feedback."""

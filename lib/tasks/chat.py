@@ -305,7 +305,7 @@ def tally(answers: pa.Table) -> dict[str, dict[str, int]]:
 
 def request(row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """Path and body that ask the model `name` for the last turn of a dialogue."""
-    turns = row["messages"]
+    turns = row.get("asked") or row["messages"]  # what serves it finds the passages itself
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
     return "/v1/chat/completions", {"model": name, "messages": turns[:last], "max_tokens": ASKED_TOKENS}
 
@@ -314,7 +314,14 @@ def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
     asked = next(t["content"] for t in reversed(row["messages"]) if t["role"] == "user")
     truth = next(t["content"] for t in reversed(row["messages"]) if t["role"] == "assistant")
     said = reply["choices"][0]["message"]["content"]
-    return f"{_shown(asked)}\n    → {_shown(said)}\n    (the data says: {_shown(truth)})"
+    cited = "; ".join(" > ".join((c["title"], *c["headings"])) for c in reply.get("citations") or ())
+    return f"{_shown(asked)}\n    → {_shown(said)}\n    (the data says: {_shown(truth)})" + (
+        f"\n    (grounded in: {cited})" if cited else ""
+    )
+
+
+def feedback(row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    return {"correction": next(t["content"] for t in reversed(row["messages"]) if t["role"] == "assistant")}
 
 
 def _shown(text: str) -> str:

@@ -380,6 +380,13 @@ def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
     return f"{text}\n    → {', '.join(said)}   (the data says: {', '.join(truth)})"
 
 
+def feedback(row: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+    """Of the main head, which is the first; one that says nothing of it praises the answer."""
+    column = "label" if "label" in row else next(name for name in row if name.startswith("label:"))
+    known = row[column]
+    return {"rating": 1} if known is None or known < 0 else {"label": classes[known].rpartition("/")[2]}
+
+
 def from_feedback(event: dict[str, Any]) -> list[dict[str, Any]]:
     """A text with the label that was said to be right, or with the one that was given and found good.
 

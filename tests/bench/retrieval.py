@@ -34,10 +34,10 @@ from lib.retrieval.documents import find_documents, read_document
 from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import PASSAGE, Index, with_vectors, write_table
 from lib.retrieval.measures import ndcg, recall
+from lib.retrieval.prompt import questions_of
 from lib.retrieval.search import CANDIDATES, Hit, search
 from lib.samples import sample_path
 from lib.settings import KnowledgeSettings, SearchSettings, ServingSettings
-from serve.grounding import questions_of
 from tests.bench.report import Report
 
 QUESTIONS = Path(__file__).with_name("retrieval_questions.jsonl")

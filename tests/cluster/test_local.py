@@ -182,6 +182,10 @@ def test_serve_deploy_takes_the_shipped_file(copy: Copy) -> None:
     while (answer := ask(port, key)) is None and time.monotonic() < deadline:
         time.sleep(0.5)
     assert answer == ["good", "bad"], copy.tool("serve", "status").stdout
+    # The file's chat model has no champion here: it says so, and stops nobody else.
+    while "no champion of 'shop' yet" not in (status := copy.tool("serve", "status").stdout):
+        assert time.monotonic() < deadline, status
+        time.sleep(1)
 
 
 def ask(port: int, key: str) -> list[str] | None:

@@ -70,6 +70,21 @@ def test_summary(measured):
     assert figures(["Call  US."], ["call us."], [], [3], [False]).exact_match.tolist() == [1.0]
 
 
+def test_an_answer_is_held_against_its_passages():
+    assert "grounded" not in figures(["x"], ["x"], [], [1], [False]).summary()
+    said = ["You have 30 days, days!", "I do not know.", "Pay by card.", ""]
+    passages = ["[1] Returns\nYou have 30 days.", "", "", "Cards"]
+    found = figures(said, said, REFUSALS, [5, 4, 3, 0], [False] * 4, passages)
+    # "days" is in the passage once; who says nothing says nothing wrong; without passages it is not measured.
+    assert found.grounded.tolist() == pytest.approx([4 / 5, np.nan, np.nan, 1], nan_ok=True)
+    assert found.abstained.tolist() == pytest.approx([np.nan, 1, 0, np.nan], nan_ok=True)
+    assert found.summary()["grounded"] == pytest.approx(0.9)
+    assert found.summary()["abstained"] == 0.5
+    assert found.part([1, 2]).of_some == ["abstained"]
+    with pytest.raises(KeyError):
+        found.part([1, 2]).additive("grounded")
+
+
 def test_distinct_is_over_all_answers_and_repetition_inside_each():
     words = [["a", "b", "a"], ["a", "b"]]
     assert distinct(words, 1) == 2 / 5
@@ -87,6 +102,8 @@ def test_distinct_is_over_all_answers_and_repetition_inside_each():
         ("I cannot assist with this request.", True),
         ("As an AI language model, I have no router.", True),
         ("I don't have access to your account.", True),
+        ("I do not know what you mean.", True),
+        ("You know what to do: restart it.", False),
         ("Sorry to hear that! Restart it.", False),
         ("You cannot delete this folder, but you can empty it.", False),
         ("If it cannot help, call us.", False),

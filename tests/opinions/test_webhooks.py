@@ -99,19 +99,19 @@ def test_what_fails_is_sent_again_until_it_is_taken(receive: Callable[..., Recei
     given = rules(receiver.url)
     alert = alarm(given)
     for attempts, outcome in enumerate(("HTTP 500", "HTTP 404", "HTTP 302"), 1):
-        assert webhooks.send("shop", given) == 0
+        assert webhooks.send("shop", given)["delivered"] == 0
         (row,) = deliveries()
         assert (row["state"], row["attempts"], row["outcome"]) == ("waiting", attempts, outcome)
         wait = row["next"] - time.time()
         assert 5 * 2 ** (attempts - 1) - 1 < wait <= 10 * 2 ** (attempts - 1)
-        assert webhooks.send("shop", given) == 0
+        assert webhooks.send("shop", given)["delivered"] == 0
         assert len(receiver.got) == attempts, "not before its time, and no redirect is followed"
         due()
-    assert webhooks.send("shop", given) == 1
+    assert webhooks.send("shop", given)["delivered"] == 1
     (row,) = deliveries()
     assert (row["state"], row["attempts"], row["outcome"]) == ("delivered", 4, "HTTP 204")
     due()
-    assert webhooks.send("shop", given) == 0
+    assert webhooks.send("shop", given)["delivered"] == 0
     assert len(receiver.got) == 4
 
     assert len({headers["x-whorl-delivery"] for headers, _ in receiver.got}) == 1
@@ -150,7 +150,7 @@ def test_a_receiver_that_is_not_there_is_tried_again_and_given_up(
     taker = receive(200)
     given = rules(f"http://127.0.0.1:{free_port()}/hook", taker.url, attempts=2)
     alarm(given)
-    assert webhooks.send("shop", given) == 1, "one that is away stops no other"
+    assert webhooks.send("shop", given)["delivered"] == 1, "one that is away stops no other"
     due()
     webhooks.send("shop", given)
     states = {row["url"]: (row["state"], row["outcome"]) for row in deliveries()}
@@ -159,7 +159,7 @@ def test_a_receiver_that_is_not_there_is_tried_again_and_given_up(
     assert "was given up" in caplog.text
     assert SECRET not in caplog.text
     due()
-    assert webhooks.send("shop", given) == 0
+    assert webhooks.send("shop", given)["delivered"] == 0
     assert len(taker.got) == 1
 
 
@@ -173,9 +173,9 @@ def test_a_sender_that_was_killed_before_it_wrote_down_is_followed_by_another(
         patch.setattr(webhooks, "_write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             webhooks.send("shop", given)
-    assert webhooks.send("shop", given) == 0, "it may be under way"
+    assert webhooks.send("shop", given)["delivered"] == 0, "it may be under way"
     due()
-    assert webhooks.send("shop", given) == 1
+    assert webhooks.send("shop", given)["delivered"] == 1
     assert len({headers["x-whorl-delivery"] for headers, _ in receiver.got}) == 1
     assert len(receiver.got) == 2
 
@@ -201,7 +201,7 @@ def test_a_url_that_is_no_more_and_a_secret_that_is_not_set(
     monkeypatch.delenv("HOOK_SECRET")
     with pytest.raises(ConfigError, match="the environment variable HOOK_SECRET is not set; set it where"):
         webhooks.secret_of(given.webhooks[0])
-    assert webhooks.send("shop", given) == 0
+    assert webhooks.send("shop", given)["delivered"] == 0
     assert deliveries()[0]["state"] == "waiting"
     assert "HOOK_SECRET is not set" in deliveries()[0]["outcome"]
     monkeypatch.setenv("HOOK_SECRET", "short")

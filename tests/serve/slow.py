@@ -3,6 +3,7 @@
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -63,7 +64,7 @@ class Slow:
 
         @app.get("/state")
         async def state() -> dict[str, Any]:
-            return {"computed": self._computed, "waiting": places.waiting}
+            return {"computed": self._computed, "waiting": places.waiting, "pid": os.getpid()}
 
         admit(app, serving, places)
         return app

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import threading
 import time
@@ -142,3 +144,24 @@ def test_many_at_once_get_an_answer_or_a_refusal_and_nobody_is_forgotten(url: st
     assert 200 in found
     assert set(found) <= {200, 503}
     assert ask(url, 16).json() == [16]
+
+
+def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str) -> None:
+    from ray import serve as ray_serve
+    from ray.serve.context import _get_global_client
+
+    from tests.serve.slow import Slow
+
+    def replicas() -> dict[int, str]:
+        found = _get_global_client().get_serve_details()["applications"]["slow"]["deployments"]["Slow"]
+        return {replica["pid"]: replica["state"] for replica in found["replicas"]}
+
+    first = set(replicas())
+    ray_serve.run(Slow.options(num_replicas=2).bind(ServingSettings()), name="slow", route_prefix="/")
+    until(lambda: list(replicas().values()) == ["RUNNING"] * 2 and not first & set(replicas()))
+    until(lambda: len({httpx.get(f"{url}/state").json()["pid"] for _ in range(8)}) == 2)
+    under_way = [asked(url, 1500) for _ in range(6)]
+    time.sleep(0.5)
+    lost = httpx.get(f"{url}/state", timeout=30).json()["pid"]
+    os.kill(lost, signal.SIGKILL)
+    assert [(one.result().status_code, one.result().text) for one in under_way] == [(200, "[1500]")] * 6

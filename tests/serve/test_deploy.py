@@ -19,7 +19,7 @@ from lib import keys, storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
 from lib.registry import parse_reference
-from lib.settings import CanarySettings, ServingSettings
+from lib.settings import CanarySettings, ServingSettings, load_settings
 from serve.deploy import application_config, deploy
 from tests.serve.conftest import Endpoint, key, make_settings, publish_version
 
@@ -278,7 +278,13 @@ def test_the_shipped_file_is_what_serve_deploy_reads() -> None:
         ServingSettings.model_validate(app.args)
         module, _, builder = app.import_path.partition(":")
         assert hasattr(__import__(module, fromlist=[builder]), builder)
-        parse_reference(app.deployments[0].user_config["model"])
+        parse_reference(app.args.get("model") or app.deployments[0].user_config["model"])
+    assert [(app.name, app.route_prefix) for app in config.applications] == [
+        ("reviews", "/"),
+        ("shop", "/shop"),
+    ]
+    shop = load_settings("jobs/configs/shop_chat.yaml").serving
+    assert ServingSettings.model_validate(config.applications[1].args).knowledge == shop.knowledge
     assert config.http_options.port == ServingSettings().port
 
 

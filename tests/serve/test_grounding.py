@@ -16,8 +16,9 @@ from lib import storage as files
 from lib.artifacts import IndexRef
 from lib.errors import RegistryError, RequestError
 from lib.retrieval.index import make_current
+from lib.retrieval.prompt import questions_of, with_system
 from lib.settings import GroundingSettings
-from serve.grounding import Grounding, Knowledge, questions_of, with_system
+from serve.grounding import Grounding, Knowledge
 from tests.serve.conftest import publish_index
 
 PASSAGES = {

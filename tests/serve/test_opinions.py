@@ -26,7 +26,7 @@ from serve.opinions import Watching
 from serve.sentiment import Arguments, Model
 from tests.opinions.test_watch import RULES
 from tests.opinions.test_webhooks import SECRET, Receiver
-from tests.serve.conftest import LABELS, Endpoint, key, make_settings
+from tests.serve.conftest import LABELS, Endpoint, key, make_settings, scraped, total
 
 HOUR = timedelta(hours=1)
 # The last 96 whole hours, a while ago.
@@ -124,6 +124,7 @@ def test_documents_are_scored_as_sentiment_does_and_kept_once(monitored: Monitor
 
 @pytest.mark.ray
 def test_a_surge_is_an_alert_and_reaches_the_webhook_signed(monitored: Monitored) -> None:
+    before = scraped()
     for hour in range(96):
         each = [monitored.document(hour, n % 5 == 0 or hour == SURGE, id=f"{hour}-{n}") for n in range(10)]
         monitored.send(*each)
@@ -150,6 +151,20 @@ def test_a_surge_is_an_alert_and_reaches_the_webhook_signed(monitored: Monitored
             == f"sha256={hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()}"
         )
         assert json.loads(body)["alert"]["id"] == alert["id"]
+
+    def grown(name: str, **labels: str) -> float:
+        names = {"application": "reviews", **labels}
+        return total(after, name, **names) - total(before, name, **names)
+
+    while True:  # a process tells its node what it counted up to ten seconds later
+        after = scraped()
+        if grown("ray_whorl_webhooks_total", outcome="delivered") >= 1 or time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    assert grown("ray_whorl_alerts_total") == 1
+    assert grown("ray_whorl_webhooks_total", outcome="failed") == 1
+    assert grown("ray_whorl_webhooks_total", outcome="delivered") == 1
+    assert grown("ray_whorl_opinions_total") == 960
     assert monitored.endpoint.get("/v1/alerts?topic=jobs").body == {"alerts": []}
     later = quote((BEGIN + 94 * HOUR).isoformat())
     assert monitored.endpoint.get(f"/v1/alerts?since={later}").body == {"alerts": []}
