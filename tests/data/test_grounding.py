@@ -36,7 +36,7 @@ def configured(tiny_chat_base: Path, source: str = "talks.jsonl", **given: Any) 
             "name": "talks",
             "task": "chat",
             "data": {"source": source, "grounded": True, **given.pop("data", {})},
-            "model": {"base": str(tiny_chat_base), "max_length": given.pop("max_length", 512)},
+            "model": {"base": str(tiny_chat_base), "max_length": given.pop("max_length", 2000)},
             # A random encoder finds everything alike; the threshold is what decides.
             "serving": {"knowledge": {"index": "shop", "threshold": 0.999}},
         }
@@ -70,7 +70,7 @@ def test_a_dialogue_is_told_what_an_application_would_tell_it(tiny_chat_base: Pa
     knowledge = Knowledge(settings.serving.knowledge)
     try:
         tokenizer = Tokenizer.from_file(str(tiny_chat_base / "tokenizer.json"))
-        served = Grounding(knowledge, settings.serving.knowledge, tokenizer, 512)
+        served = Grounding(knowledge, settings.serving.knowledge, tokenizer, 2000)
         for asked, told in zip(dialogues, rows["messages"].to_pylist(), strict=True):
             expected = asyncio.run(served.ground(asked[:-1], None)).messages
             assert told == [*expected, asked[-1]]
