@@ -181,12 +181,12 @@ def load(model: Architecture, layout: Layout) -> int:
 
     Whole: every rank holds it in fp32, as `lib.training.loop` builds it. With zero.Init a rank holds the
     largest module in fp32 (DeepSpeed's estimator says so too), and, without a GPU or with offloaded
-    parameters, its own part.
+    parameters, its own part. Where the host is the device the module is there twice: gathered, and as it is put together.
     """
     if not (layout.zero_init and layout.zero_stage == 3):
         return 4 * model.parameters + HOST_LIBRARIES
     own = 0 if layout.gpu and layout.offload != "all" else layout.p * -(-model.parameters // layout.workers)
-    return 4 * model.largest + own + HOST_LIBRARIES
+    return (4 if layout.gpu else 8) * model.largest + own + HOST_LIBRARIES
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import subprocess
@@ -20,6 +21,9 @@ from lib.errors import ResourceError
 from lib.settings import TrainingSettings
 from lib.training import overrides, trainable
 from lib.training.checkpoints import ENGINE, is_partial
+
+# Of mallopt(3).
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def precision(training: TrainingSettings) -> str:
@@ -115,10 +119,28 @@ def divided(training: TrainingSettings) -> Iterator[None]:
     _distributed()
     held = HfDeepSpeedConfig(config(training, 1))  # transformers keeps only a weak reference
     try:
-        yield
+        with freed_at_once():
+            yield
     finally:
         unset_hf_deepspeed_config()
         del held
+
+
+@contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Memory of whole tensors goes back to the system as soon as they are freed, where the C library is glibc.
+
+    It raises its threshold for that with what is freed, up to 32 MiB, and keeps the rest in its heap: between the parts
+    that stay, the heap of a model that is divided while it is read grows to more than the whole of it (SmolLM2-135M for
+    two ranks: 0.58 instead of 0.31 GiB).
+    """
+    option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    option(M_MMAP_THRESHOLD, 1 << 18)
+    try:
+        yield
+    finally:  # where it stands in the end of itself; training takes and frees the same sizes again and again
+        option(M_MMAP_THRESHOLD, 32 << 20)
+        option(M_TRIM_THRESHOLD, 64 << 20)
 
 
 def initialize(
