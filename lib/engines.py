@@ -47,9 +47,14 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """`input_ids` and `attention_mask`, both int64 [B, T] → logits float32 [B, C], or [B, T, C], or vectors [B, D]."""
-Head = Literal["SequenceClassification", "TokenClassification", "mean", "cls"]
-"""Behind `AutoModelFor`, transformers' name of a classifier; or how the last layer's tokens become one vector."""
-KINDS = {"SequenceClassification": "a sequence classifier", "TokenClassification": "a token classifier"}
+Head = Literal["SequenceClassification", "TokenClassification", "pairs", "mean", "cls"]
+"""Behind `AutoModelFor`, transformers' name of a classifier; `pairs` is one of sequences that reads two texts; or how
+the last layer's tokens become one vector."""
+KINDS = {
+    "SequenceClassification": "a sequence classifier",
+    "TokenClassification": "a token classifier",
+    "pairs": "a sequence classifier",
+}
 # What sentence-transformers writes beside a model, and the pooling of it that is computed here.
 POOLING_FILE = Path("1_Pooling", "config.json")
 POOLING: dict[str, Head] = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
@@ -158,6 +163,11 @@ def load_token_encoder(folder: Path, serving: ServingSettings) -> TokenEncoder:
     return TokenEncoder(**_loaded(folder, serving, "TokenClassification"))
 
 
+def load_cross_encoder(folder: Path, serving: ServingSettings) -> Encoder:
+    """A classifier of pairs of texts, as `load_encoder` loads one of single texts."""
+    return Encoder(**_loaded(folder, serving, "pairs"))
+
+
 def load_sentence_encoder(folder: Path, serving: ServingSettings) -> SentenceEncoder:
     """An encoder of sentences, as `load_encoder` loads a classifier.
 
@@ -242,11 +252,15 @@ def _module(folder: Path, head: Head) -> nn.Module:
     import transformers
 
     kind = KINDS.get(head)
-    auto_class = getattr(transformers, f"AutoModelFor{head}" if kind else "AutoModel")
+    behind = "ForSequenceClassification" if head == "pairs" else f"For{head}" if kind else ""
+    auto_class = getattr(transformers, f"AutoModel{behind}")
     try:
         model: nn.Module = auto_class.from_pretrained(folder, use_safetensors=True, local_files_only=True)
     except Exception as error:  # transformers raises anything from OSError to KeyError here
         raise ModelError(f"{folder} does not load as {kind or 'an encoder'}: {error}") from error
+
+    types = head == "pairs" and getattr(model.config, "type_vocab_size", 1) > 1
+    separator = transformers.AutoTokenizer.from_pretrained(folder).sep_token_id if types else None
 
     class Answering(torch.nn.Module):
         def __init__(self) -> None:
@@ -254,7 +268,11 @@ def _module(folder: Path, head: Head) -> nn.Module:
             self.model = model
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            answer = self.model(input_ids=input_ids, attention_mask=attention_mask)
+            more = {}
+            if types:  # which of the two texts a token belongs to: what is behind the first separator is the second's
+                ends = (input_ids == separator).long()
+                more["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * attention_mask
+            answer = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
             if kind:
                 logits: torch.Tensor = answer.logits
                 return logits

@@ -21,6 +21,7 @@ from lib.errors import ModelError, unwrap
 from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import Index, current
 from lib.retrieval.prompt import Prompter, questions_of
+from lib.retrieval.rerank import reranker
 from lib.retrieval.search import Hit, search
 from lib.settings import GroundingSettings, ServingSettings
 from serve import metrics
@@ -82,6 +83,8 @@ class Knowledge:
     def __init__(self, settings: GroundingSettings) -> None:
         self._settings = settings
         self._opened = Opened(current(settings.index), None)
+        if settings.rerank is not None:
+            reranker(settings.rerank)  # so that it is not the first who asks that waits for it
         self._closed = threading.Event()
         threading.Thread(target=self._follow, name="knowledge", daemon=True).start()
 

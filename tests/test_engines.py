@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib import storage, tracking
-from lib.engines import like_lengths, load_encoder, load_sentence_encoder, rounded
+from lib.engines import like_lengths, load_cross_encoder, load_encoder, load_sentence_encoder, rounded
 from lib.errors import ModelError, ResourceError
 from lib.settings import ServingSettings
 
@@ -133,6 +133,32 @@ def test_sentence_vectors_are_pooled_as_sentence_transformers_does(
     wanted = torch.stack([h.mean(0) if pooling == "mean" else h[0] for h in hidden])
     wanted = torch.nn.functional.normalize(wanted, dim=1)
     np.testing.assert_allclose(encoder.vectors(rows), wanted.numpy(), atol=2e-4)
+
+
+@pytest.mark.parametrize("engine", ["torch", "openvino"])
+def test_a_pair_of_texts_is_read_as_transformers_reads_it(
+    classifier: Path, tiny_base: Path, engine: str
+) -> None:
+    """With the second text's tokens told apart from the first's, in a batch of several lengths."""
+    import shutil
+
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    for file in tiny_base.glob("tokenizer*"):
+        shutil.copy(file, classifier)
+    tokenizer = AutoTokenizer.from_pretrained(classifier)
+    model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
+    pairs = [("is it soft", "the fabric is soft"), ("a dress", "fits"), ("great", "the size is okay " * 9)]
+    encoded = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+    assert {tuple(each["token_type_ids"][0].unique().tolist()) for each in encoded} == {(0, 1)}
+    with torch.inference_mode():
+        wanted = np.stack([model(**each).logits[0].numpy() for each in encoded])
+        blind = np.stack([model(input_ids=each["input_ids"]).logits[0].numpy() for each in encoded])
+    encoder = load_cross_encoder(classifier, ServingSettings(engine=engine, precision="fp32"))  # type: ignore[arg-type]
+    found = encoder.logits([each["input_ids"][0].numpy().astype(np.int32) for each in encoded])
+    np.testing.assert_allclose(found, wanted, atol=2e-4)
+    assert np.abs(found - blind).max() > 1e-3  # the types count
 
 
 def test_a_pooling_that_is_not_known_is_refused(tiny_base: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from lib.retrieval.index import Index
+from lib.retrieval.rerank import reranker
 from lib.settings import SearchSettings
 
 RRF_K = 60
@@ -38,12 +39,15 @@ class Hit:
 
 
 def search(
-    index: Index, questions: Sequence[str], vectors: np.ndarray, settings: SearchSettings
+    index: Index,
+    questions: Sequence[str],
+    vectors: np.ndarray,
+    settings: SearchSettings,
 ) -> list[Hit]:
     """The best passages, best first; none when no passage's cosine reaches the threshold.
 
     `questions` are ways of putting one question, whose rankings are fused too, and `vectors`, float32 [Q, D] of
-    length 1, what the index's encoder makes of them.
+    length 1, what the index's encoder makes of them. `settings.rerank` orders the best by the last way.
     """
     rankings: list[list[dict[str, Any]]] = []
     words: dict[int, float] = {}
@@ -66,6 +70,12 @@ def search(
         scores = fuse([[row["id"] for row in ranking] for ranking in rankings])
     best = sorted(scores, key=lambda one: (-scores[one], one))
     relevant = [one for one in best if cosines[one] >= settings.threshold]
+    if settings.rerank is not None and relevant:
+        first = relevant[: max(settings.rerank_candidates, settings.top_k)]
+        read = ["\n".join((rows[one]["title"], *rows[one]["headings"], rows[one]["text"])) for one in first]
+        judged = reranker(settings.rerank).scores(questions[-1], read)
+        scores = dict(zip(first, judged.tolist(), strict=True))
+        relevant = sorted(first, key=lambda one: (-scores[one], one))
     return [_hit(rows[one], cosines[one], scores[one]) for one in relevant[: settings.top_k]]
 
 

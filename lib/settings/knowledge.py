@@ -69,6 +69,10 @@ class SearchSettings(Section):
     """Passages at most."""
     threshold: Annotated[float, Field(ge=-1, le=1)] = 0.3
     """Cosine of question and passage under which a passage is not relevant."""
+    rerank: str | None = None
+    """A cross-encoder, as `model.base` names a model: it reads question and passage together, and what it says is the
+    order of the best `rerank_candidates`. It takes a pass over each of them, and so some hundred milliseconds on a CPU."""
+    rerank_candidates: Positive = 20
 
 
 class GroundingSettings(SearchSettings):

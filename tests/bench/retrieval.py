@@ -2,7 +2,7 @@
 
 Recall@1, 3 and 5, and nDCG@10.
 
-    make bench-retrieval
+    make bench-retrieval        (python -m tests.bench.retrieval --rerank MODEL with a cross-encoder of yours)
 
 Two sets. `shop`: the questions of tests/bench/retrieval_questions.jsonl, in users' words, on jobs/knowledge; relevant is
 a page's section. `pairs`: the questions of chatterbot-corpus on 13 subjects of knowledge (small talk left out), each of
@@ -13,6 +13,7 @@ those without one that get none.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
@@ -74,7 +75,9 @@ class Set:
     """What a hit stands for."""
 
 
-def main() -> None:
+def main(rerank: str | None) -> None:
+    if rerank is not None:
+        RIVALS["hybrid, reranked"] = {"rerank": rerank}
     knowledge = KnowledgeSettings()
     embedder = Embedder(knowledge.base, ServingSettings())
     report = Report("retrieval")
@@ -173,4 +176,8 @@ def keys(one: Set, hits: list[Hit]) -> list[Key]:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rerank", help="a cross-encoder, whose order is measured too")
+    main(parser.parse_args().rerank)

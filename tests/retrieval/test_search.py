@@ -12,10 +12,11 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import IndexRef
-from lib.errors import ConfigError, RegistryError
+from lib.errors import ConfigError, ModelError, RegistryError
 from lib.retrieval import index as indexes
 from lib.retrieval.index import PASSAGE, Index, current, make_current, with_vectors, write_table
 from lib.retrieval.measures import ndcg, recall
+from lib.retrieval.rerank import Reranker
 from lib.retrieval.search import fuse, search
 from lib.settings import SearchSettings
 
@@ -150,3 +151,54 @@ def test_measures() -> None:
     assert ndcg(ranking, {"c"}, 10) == pytest.approx(1 / math.log2(4))
     assert ndcg(ranking, {"b", "c"}, 10) == pytest.approx((1 / math.log2(3) + 0.5) / (1 + 1 / math.log2(3)))
     assert ndcg(ranking, {"x"}, 10) == 0
+
+
+@pytest.fixture(scope="module")
+def cross_encoder(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    folder = tmp_path_factory.mktemp("cross-encoder")
+    set_seed(1)
+    AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("storage")
+class TestReranking:
+    def test_the_best_are_put_into_the_order_of_a_cross_encoder(self, cross_encoder: Path) -> None:
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        index, question = Index(publish()), "the card"
+        tokenizer = AutoTokenizer.from_pretrained(cross_encoder)
+        model = AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
+
+        def score(number: int) -> float:
+            pair = tokenizer(question, f"Help\nH{number}\n{TEXTS[number]}", return_tensors="pt")
+            with torch.inference_mode():
+                return float(model(**pair).logits[0, 0])
+
+        best = sorted(range(4), key=score, reverse=True)
+        before = found(index, question, 15)
+        given = {"rerank": str(cross_encoder)}
+        assert found(index, question, 15, **given) == [f"{i}.md" for i in best] != before
+        assert found(index, question, 15, **given, top_k=2) == [f"{i}.md" for i in best[:2]]
+        # Only the first of those that were found are read; the threshold holds as before.
+        first = [i for i in best if f"{i}.md" in before[:2]]
+        assert found(index, question, 15, **given, rerank_candidates=2, top_k=2) == [f"{i}.md" for i in first]
+        assert found(index, question, 15, **given, threshold=0.99) == ["1.md"]
+        assert found(index, question, 15, **given, threshold=1.0) == []
+
+    def test_a_long_passage_is_cut_and_not_the_question(self, cross_encoder: Path) -> None:
+        one = Reranker(str(cross_encoder))
+        long, cut = one.scores("is it soft", ["soft " * 500, "soft " * 400])
+        assert long == pytest.approx(cut, abs=1e-5)
+
+    def test_a_classifier_of_three_is_no_cross_encoder(self, tiny_base: Path, tmp_path: Path) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        AutoModelForSequenceClassification.from_pretrained(tiny_base, num_labels=3).save_pretrained(tmp_path)
+        AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path)
+        with pytest.raises(ModelError, match="gives 3 scores for a pair"):
+            Reranker(str(tmp_path))

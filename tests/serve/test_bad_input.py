@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -19,6 +20,7 @@ from tests.serve.conftest import Endpoint, key, make_settings
 pytestmark = pytest.mark.ray
 
 HUGE = 100_000_000
+IDLE = 3_000
 DEEP = b'{"inputs": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 
 
@@ -144,12 +146,14 @@ def test_100_mb_in_chunks_are_refused_on_the_way_and_not_kept(endpoint: Endpoint
 
 
 def test_slow_clients_and_idle_connections_take_nobodys_place(endpoint: Endpoint) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a shell's usual limit is 1,024 files
     with ExitStack() as stack:
-        connections = [stack.enter_context(connected(endpoint)) for _ in range(400)]
+        connections = [stack.enter_context(connected(endpoint)) for _ in range(IDLE)]
         whole = head(endpoint, "content-length: 17")
         for i, connection in enumerate(connections):
             # A third says nothing, a third breaks off in its headers, a third in its body.
-            connection.sendall((b"", whole[: 20 + i // 8], whole + b'{"inputs"')[i % 3])
+            connection.sendall((b"", whole[: 20 + i % 50], whole + b'{"inputs"')[i % 3])
         for letter in whole[:40]:
             connections[0].sendall(bytes([letter]))
             assert endpoint.post({"inputs": ["great"]}).status == 200

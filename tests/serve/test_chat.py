@@ -270,6 +270,40 @@ def test_an_answer_in_a_given_form(deployed: Deployed) -> None:
     assert set(json.loads(answer.choices[0].message.content)) == {"solved"}
 
 
+def test_a_tool_that_must_be_called_is_called(deployed: Deployed) -> None:
+    """By name, whatever the model was taught: the engine holds the arguments to the tool's schema. In streams too."""
+    schema = {
+        "type": "object",
+        "properties": {"solved": {"type": "boolean"}},
+        "required": ["solved"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "close", "description": "Close it.", "parameters": schema}}
+    given: dict[str, Any] = {
+        "tools": [tool],
+        "tool_choice": {"type": "function", "function": {"name": "close"}},
+        "max_tokens": 60,
+    }
+    (call,) = deployed.ask(**given).choices[0].message.tool_calls
+    assert call.function.name == "close"
+    assert set(json.loads(call.function.arguments)) == {"solved"}
+    calls = [
+        part
+        for chunk in deployed.ask(stream=True, **given)
+        for choice in chunk.choices
+        for part in choice.delta.tool_calls or ()
+    ]
+    assert {part.function.name for part in calls if part.function.name} == {"close"}
+    assert "".join(part.function.arguments or "" for part in calls) == call.function.arguments
+    # What the tool said goes back in a turn of its own.
+    turns = [
+        *QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call.model_dump()]},
+        {"role": "tool", "tool_call_id": call.id, "content": "closed"},
+    ]
+    assert deployed.ask(messages=turns, tools=[tool], max_tokens=4).usage.completion_tokens > 0
+
+
 def test_the_model_has_its_name_its_alias_and_its_version(deployed: Deployed) -> None:
     names = [NAME, f"{NAME}@champion", f"{NAME}@1"]
     assert [model.id for model in deployed.client.models.list()] == names

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lib.training import zero
-from tests.training.engines import Job, run
+from lib.training import trainable, zero
+from tests.bench.memory import Private, private_bytes
+from tests.training.engines import Job, run, settings
 from tests.training.ranks import Ranks
 
 WORDS, CLASSES = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -61,3 +63,29 @@ def test_weights_and_optimiser_are_carried_over(
             for key, tensor in state.items():
                 assert torch.equal(tensor, outcome.states[name][key]), (name, key)
     assert torch.allclose(loaded[0].logits, saved.logits, atol=1e-6)
+
+
+def read_peak(base: Path, on: bool) -> float:
+    """The most private memory while a causal model is read, as a share of the whole model in fp32."""
+    from transformers import AutoModelForCausalLM
+
+    training = settings({"zero_stage": 3, "zero_init": on})
+    gc.collect()
+    before = private_bytes()
+    with Private() as most, zero.divided(training):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, use_safetensors=True)
+    return (most.bytes - before) / (4 * sum(trainable.numel(p) for p in model.parameters()))
+
+
+def test_with_zero_init_no_rank_ever_holds_the_whole_model(pair: Ranks, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    deep = LlamaConfig(
+        vocab_size=1024, hidden_size=384, num_hidden_layers=16, num_attention_heads=6, intermediate_size=1536
+    )
+    # As models are published: what is built in fp32 of it is a copy, not the file's own pages.
+    LlamaForCausalLM(deep).bfloat16().save_pretrained(tmp_path)
+    for share in pair.run(read_peak, tmp_path, True):
+        assert share < 0.7  # its half, and a tensor or two
+    for share in pair.run(read_peak, tmp_path, False):
+        assert share > 0.95
