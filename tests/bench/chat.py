@@ -143,7 +143,7 @@ def measure(url: str, model: str, clients: int, count: Callable[[str], int]) -> 
         for stream, n in zip(found["streams"], tokens, strict=True)
         if n > 1
     ]
-    first = [stream["first"] - stream["sent"] for stream in found["streams"]]
+    first = [stream["first"] - stream["sent"] for stream in found["streams"] if stream["first"] is not None]
     result = Measured(
         sum(tokens) / found["seconds"], 1e3 * float(np.median(first)), 1e3 * float(np.median(pace))
     )

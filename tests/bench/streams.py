@@ -4,7 +4,8 @@
 
 N clients take the bodies (JSON Lines, each with "stream": true) in their order, each with one request in flight and a
 connection for each, with the API key BENCH_KEY of the environment if there is one. OUT gets, for every request, when it
-was sent, when its first and its last token came (seconds), its text, and whether it failed; and the seconds of all.
+was sent, when its first and its last token came (seconds; null where the model said nothing), its text, and whether it
+failed: another status than 200, or no end; and the seconds of all.
 A token's part of a stream is a server-sent event whose delta has content.
 """
 
@@ -23,13 +24,14 @@ from urllib.parse import urlsplit
 async def ask(host: str, port: int, request: bytes, began: float) -> dict[str, Any]:
     """One stream, read to its end. Chunk sizes of HTTP/1.1 are lines of their own between the events, and skipped."""
     found: dict[str, Any] = {"sent": time.perf_counter() - began, "first": None, "last": None, "text": ""}
+    ended = False
     reader, writer = await asyncio.open_connection(host, port)
     try:
         writer.write(request)
         status = await reader.readline()
         while line := await reader.readline():
             if not line.startswith(b"data: {"):
-                if line.startswith(b"data: [DONE]"):
+                if ended := line.startswith(b"data: [DONE]"):
                     break
                 continue
             choices = json.loads(line[6:]).get("choices") or [{}]
@@ -40,7 +42,7 @@ async def ask(host: str, port: int, request: bytes, began: float) -> dict[str, A
                 found["text"] += content
     finally:
         writer.close()
-    return {**found, "failed": b" 200 " not in status or found["first"] is None}
+    return {**found, "failed": b" 200 " not in status or not ended}
 
 
 async def run(url: str, bodies: list[bytes], clients: int) -> dict[str, Any]:

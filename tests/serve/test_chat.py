@@ -278,7 +278,10 @@ def test_a_tool_that_must_be_called_is_called(deployed: Deployed) -> None:
         "required": ["solved"],
         "additionalProperties": False,
     }
-    tool = {"type": "function", "function": {"name": "close", "description": "Close it.", "parameters": schema}}
+    tool = {
+        "type": "function",
+        "function": {"name": "close", "description": "Close it.", "parameters": schema},
+    }
     given: dict[str, Any] = {
         "tools": [tool],
         "tool_choice": {"type": "function", "function": {"name": "close"}},
