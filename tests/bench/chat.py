@@ -158,6 +158,7 @@ def measure(url: str, model: str, clients: int, count: Callable[[str], int]) -> 
 def main(kinds: list[str]) -> None:
     from transformers import AutoTokenizer
 
+    report = Report("chat")
     ref = published()
     _, key = keys.create(
         "bench", ["*"], requests_per_minute=1_000_000, tokens_per_minute=1_000_000_000, days=1
@@ -201,7 +202,6 @@ def main(kinds: list[str]) -> None:
         command += ["--continuous-batching"]
         with running(command, lambda: healthy(f"http://127.0.0.1:{port}/health"), **quiet):
             found["transformers serve"] = all_of(str(folder))
-    report = Report("chat")
     for rival in list(found)[1:]:
         rows(report, rival, found["ours"], found[rival])
     report.finish()

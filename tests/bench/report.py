@@ -27,7 +27,8 @@ class Report:
     """Collects rows; `finish` prints them and writes the JSON."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        # Where results lie now: a bench may turn to a store of its own.
+        self.path = storage.join(storage.root(), "bench", f"{name}.json")
         self.rows: list[Row] = []
 
     def row(
@@ -59,9 +60,8 @@ class Report:
 
     def finish(self) -> None:
         print(self.table())
-        path = storage.join(storage.root(), "bench", f"{self.name}.json")
         storage.write_json(
-            path,
+            self.path,
             {
                 "machine": tracking.machine(),
                 "versions": tracking.versions(),
@@ -69,7 +69,7 @@ class Report:
                 "rows": [asdict(r) for r in self.rows],
             },
         )
-        print(f"written: {path}")
+        print(f"written: {self.path}")
 
     def table(self) -> str:
         head = ["case", "rival", "ours", "theirs", "unit", "ratio", "target", "holds"]
