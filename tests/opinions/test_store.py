@@ -44,7 +44,7 @@ def counted(engine: Engine) -> set[str]:
         return set(db.execute(select(DOCUMENTS.c.id).where(DOCUMENTS.c.counted == 1)).scalars())
 
 
-def test_an_id_is_kept_once(storage: Path) -> None:
+def test_an_id_is_kept_once(either_database: str) -> None:
     assert add("shop", [opinion("a", 10), opinion("a", 20), opinion("b", 30)], "negative") == 2
     assert add("shop", [opinion("b", 40), opinion("c", 50, label="positive")], "negative") == 1
     assert add("other", [opinion("a", 10)], "negative") == 1, "ids are an application's own"
@@ -76,7 +76,7 @@ def test_copies_are_one_story_and_other_texts_are_not() -> None:
     assert stories.bands("acme", [STORY])[0][0] == "7109b134ad8a4a1289e2e955d0fc5379"
 
 
-def test_the_earliest_of_a_story_counts_alone(storage: Path) -> None:
+def test_the_earliest_of_a_story_counts_alone(either_database: str) -> None:
     engine = database.engine()
     add("shop", [opinion("later", 9000, STORY), opinion("short", 9000, "boycott them now")], "negative")
     assert counted(engine) == {"later", "short"}
@@ -176,7 +176,7 @@ def test_windows_of_a_trend_begin_before_it(storage: Path) -> None:
     assert trends("shop", 0, 6 * HOUR, HOUR, 1, entity="nobody") == []
 
 
-def test_many_writers_lose_nothing(storage: Path) -> None:
+def test_many_writers_lose_nothing(either_database: str) -> None:
     def write(writer: int) -> None:
         for number in range(10):
             add("shop", [opinion(f"{writer}-{number}", number, f"{STORY} {number}")], "negative")

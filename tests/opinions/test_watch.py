@@ -60,7 +60,7 @@ def deliveries() -> int:
         return int(db.execute(select(func.count()).select_from(DELIVERIES)).scalar_one())
 
 
-def test_a_surge_is_an_alert_with_its_figures_and_samples(storage: Path) -> None:
+def test_a_surge_is_an_alert_with_its_figures_and_samples(either_database: str) -> None:
     add("shop", history(4, (80,)), "negative")
     (alert,) = watch.look("shop", RULES, at(82))
     assert hours([alert]) == [80]
@@ -100,7 +100,7 @@ def test_looked_at_each_hour_it_is_the_same_as_once(storage: Path) -> None:
     assert [alert.z for alert in found] == [alert.z for alert in whole]
 
 
-def test_what_comes_late_is_looked_at_too_and_says_nothing_twice(storage: Path) -> None:
+def test_what_comes_late_is_looked_at_too_and_says_nothing_twice(either_database: str) -> None:
     documents = history(4, (70, 71))
     late = [one for one in documents if BEGIN + 71 * HOUR <= one.time < BEGIN + 72 * HOUR or "0070" in one.id]
     add("shop", [one for one in documents if one not in late], "negative")
@@ -111,7 +111,7 @@ def test_what_comes_late_is_looked_at_too_and_says_nothing_twice(storage: Path) 
     assert watch.look("shop", RULES, at(96)) == [], "it would have been seen an hour sooner, but it was seen"
 
 
-def test_copies_of_one_story_are_no_surge(storage: Path) -> None:
+def test_copies_of_one_story_are_no_surge(either_database: str) -> None:
     add("shop", history(4), "negative")
     copies = [said(f"copy-{number}", BEGIN + 80 * HOUR + number, True, text=STORY) for number in range(60)]
     add("shop", copies, "negative")
@@ -129,7 +129,7 @@ def test_history_is_stored_and_not_sent(storage: Path) -> None:
     assert deliveries() == 0
 
 
-def test_many_who_look_at_once_raise_it_once(storage: Path) -> None:
+def test_many_who_look_at_once_raise_it_once(either_database: str) -> None:
     add("shop", history(4, (80,)), "negative")
     found: list[Alert] = []
     start = threading.Barrier(4)
@@ -191,7 +191,7 @@ def test_a_series_that_does_not_change_is_left_alone(storage: Path) -> None:
         assert db.execute(update(SERIES).values(changed=None)).rowcount == 1
 
 
-def test_a_lease_is_held_by_one_and_ends(storage: Path) -> None:
+def test_a_lease_is_held_by_one_and_ends(either_database: str) -> None:
     now = time.time()
     assert lease.hold("watch", "a", 30, now)
     assert not lease.hold("watch", "b", 30, now + 29)
