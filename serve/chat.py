@@ -55,7 +55,7 @@ from serve.access import guard
 from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit
 from serve.grounding import Grounding
-from serve.http import Ready, create_app, error_response, request_id
+from serve.http import STARTING, Ready, create_app, error_response, request_id
 from serve.observing import observe
 from serve.recording import record
 from serve.scaling import TOKENS, UNBOUNDED, size
@@ -75,6 +75,10 @@ class Arguments(ServingSettings):
 
 class FullError(ResourceError):
     code = "overloaded"
+
+
+class StartingError(ResourceError):
+    code = STARTING
 
 
 class UnknownModelError(RequestError):
@@ -143,9 +147,13 @@ class Chat(OpenAiIngress):
         """What a request may call the model; the first is the one that answers bear."""
         knowledge, length = serving.knowledge, serving.chat.max_model_len
         self._grounding = Grounding.of(knowledge, self._first(), length) if knowledge else None
+        (handle,) = llm_deployments.values()
+        self._engines = handle.options()  # which lets it learn of replicas before the first request comes
 
     def ready(self) -> Ready:
-        # Ray Serve calls the application running when the engine is, and this deployment with it.
+        # This deployment is up long before the engine. Where none may be up, one is started for who asks.
+        if self._serving.min_replicas and not self._engines.running_replicas_populated():
+            raise StartingError("the engine is starting")
         ref = self._first()
         return Ready(model=ref.name, version=ref.version, engine=engine_name(self._serving))
 

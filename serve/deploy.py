@@ -24,6 +24,7 @@ from lib.registry import parse_reference
 from lib.retrieval.index import current
 from lib.settings import ServingSettings, Settings
 from lib.tasks import load_task, served_as
+from serve.http import STARTING
 
 if TYPE_CHECKING:
     from ray.serve._private.client import ServeControllerClient
@@ -251,7 +252,7 @@ def _wait(client: ServeControllerClient, settings: Settings, ref: ModelRef, url:
                 return
             if status == 200 and answer["failed"]:
                 raise ModelError(f"{answer['model']}@{answer['version']} goes on serving: {answer['failed']}")
-            if status == 503:
+            if status == 503 and answer["error"]["code"] != STARTING:
                 raise ModelError(f"{name} is deployed, but not ready: {answer['error']['message']}")
         time.sleep(0.2)
     raise ResourceError(

@@ -24,6 +24,8 @@ from lib.errors import RequestError, WhorlError
 logger = logging.getLogger("ray.serve")
 
 RETRY_AFTER_S = 5
+# The code of a 503 that goes away by itself.
+STARTING = "starting"
 # The `type` of an error, where OpenAI's own is another than of a faulty request.
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 # Where pydantic speaks of its own matters.

@@ -26,7 +26,7 @@ from lib import events, keys, registry, storage, tracking
 from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
 from lib.errors import RegistryError
 from lib.registry import VERSION_FILE
-from lib.settings import Settings
+from lib.settings import ServingSettings, Settings
 from lib.tasks import chat
 from tests.serve.conftest import key, publish_index, scraped, total
 
@@ -208,6 +208,29 @@ def test_the_champion_is_what_answers(deployed: Deployed) -> None:
     assert answer.model == NAME
     assert answer.usage.completion_tokens == 16
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 16
+
+
+def test_without_an_engine_it_is_not_ready() -> None:
+    from serve.chat import Chat, StartingError
+    from serve.http import STARTING
+
+    class Handle:
+        up = False
+
+        def running_replicas_populated(self) -> bool:
+            return self.up
+
+    handle = Handle()
+    ingress = Chat.__new__(Chat)
+    ingress._serving, ingress._engines = ServingSettings(), handle
+    ingress._ref, ingress._adapters = ModelRef(NAME, 1), None
+    with pytest.raises(StartingError, match="the engine is starting") as error:
+        ingress.ready()
+    assert (error.value.http_status, error.value.code) == (503, STARTING)
+    handle.up = True
+    assert ingress.ready().version == 1
+    handle.up, ingress._serving = False, ServingSettings(min_replicas=0)
+    assert ingress.ready().version == 1
 
 
 def test_a_stream_is_the_same_answer_in_parts(deployed: Deployed) -> None:
