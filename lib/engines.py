@@ -270,7 +270,7 @@ def _module(folder: Path, head: Head) -> nn.Module:
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
             more = {}
             if types:  # which of the two texts a token belongs to: what is behind the first separator is the second's
-                ends = torch.eq(input_ids, separator).long()
+                ends = torch.eq(input_ids, torch.tensor(separator)).long()
                 more["token_type_ids"] = (ends.cumsum(1) - ends).clamp(max=1) * attention_mask
             answer = self.model(input_ids=input_ids, attention_mask=attention_mask, **more)
             if kind:
