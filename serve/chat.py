@@ -58,7 +58,7 @@ from serve.grounding import Grounding
 from serve.http import STARTING, Ready, create_app, error_response, request_id
 from serve.observing import observe
 from serve.recording import record
-from serve.scaling import TOKENS, UNBOUNDED, size
+from serve.scaling import TOKENS, UNBOUNDED, ingresses, size
 from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
@@ -373,7 +373,7 @@ def application(args: Arguments) -> ray_serve.Application:
     ingress = ray_serve.deployment(
         Chat,
         name="Chat",
-        num_replicas=1,
+        num_replicas=ingresses(serving),
         max_ongoing_requests=UNBOUNDED,
         logging_config=logs.config(serving.logs),
     )

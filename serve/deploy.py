@@ -119,11 +119,13 @@ def _check_resources(settings: Settings) -> None:
     """Ray Serve would wait for ever for a replica that no node can hold."""
     import ray
 
+    from serve.scaling import ingresses
+
     serving, has = settings.serving, ray.cluster_resources()
     for kind, each in (("CPU", serving.cpus_per_replica), ("GPU", serving.gpus_per_replica)):
         wanted = each * max(serving.min_replicas, 1)
         if kind == "CPU" and served_as(settings) in STARTED_ANEW:
-            wanted += 1  # the ingress before the engine
+            wanted += ingresses(serving)  # before the engines
         if wanted > has.get(kind, 0):
             raise ResourceError(
                 f"{serving.min_replicas} replica(s) want {wanted:g} {kind}, and the cluster has "

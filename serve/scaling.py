@@ -53,3 +53,8 @@ def size(serving: "ServingSettings", target_tokens: int | None = None) -> dict[s
             "policy_kwargs": {"target": target_tokens},
         }
     return {"autoscaling_config": found}
+
+
+def ingresses(serving: "ServingSettings") -> int:
+    """Replicas of what stands before chat's engines: where one engine may go and another answers, one of them may too."""
+    return min(max(serving.min_replicas, 1), 2)

@@ -65,16 +65,21 @@ def published() -> ModelRef:
     ref = ModelRef("support-chat", 1)
     if not storage.published(ref.uri):
         with storage.publish(ref.uri) as folder:
-            shutil.copytree(base_directory(BASE), folder, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns(storage.COMPLETE))  # fmt: skip
-            TaskFile("chat", [], CONTEXT, BASE, "bench/0000000000000000").write(folder)
-            files = {
-                path.relative_to(folder).as_posix(): storage.checksum(str(path))
-                for path in folder.rglob("*")
-                if path.is_file()
-            }
-            storage.write_json(str(folder / VERSION_FILE), {"files": files})
+            untuned(folder)
     return ref
+
+
+def untuned(folder: Path) -> None:
+    """Fill an empty directory with the base model, as a version of a chat model."""
+    skipped = shutil.ignore_patterns(storage.COMPLETE)
+    shutil.copytree(base_directory(BASE), folder, dirs_exist_ok=True, ignore=skipped)
+    TaskFile("chat", [], CONTEXT, BASE, "bench/0000000000000000").write(folder)
+    files = {
+        path.relative_to(folder).as_posix(): storage.checksum(str(path))
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    storage.write_json(str(folder / VERSION_FILE), {"files": files})
 
 
 def questions(count: int) -> list[str]:

@@ -1,8 +1,9 @@
-"""Faults under load: what the clients of a sentiment application notice of them.
+"""Faults under load: what the clients of an application notice of them.
 
-    make bench-faults
+    make bench-faults           (python -m tests.bench.faults --applications chat --faults node index)
 
-Two Ray nodes on this machine, each with a replica; the champion of `make demo`, or one trained for `make bench-serving`.
+Two Ray nodes on this machine, each with a replica. `sentiment` is the champion of `make demo`, or one trained for `make
+bench-serving`; `chat` is SmolLM2-135M-Instruct on vLLM, grounded in the help pages of jobs/knowledge, 16 tokens an answer.
 Requests come at 70% of what was measured as capacity, whether or not earlier ones were answered, each under a request id
 of its own; a client tries again as OpenAI's does (twice, after 0.5 s and 1 s, on a lost connection, 408, 429 or 5xx).
 While they come, after a third of the time:
@@ -12,6 +13,7 @@ While they come, after a third of the time:
     node        the second node is killed with all that runs there; another joins later
     database    the database answers nobody for half of the time
     version     another version is promoted and deployed, then rolled back and deployed
+    index       chat: the knowledge base is made anew with a page more, which must be cited afterwards
 
 Shown for each: requests sent, tried again, failed in the end; p50 and p99 of the time until the answer, retries
 included; answers without an event in the database once it is quiet again.
@@ -44,11 +46,14 @@ from cluster.local import free_port
 from lib import keys, registry, storage, tracking
 from lib.artifacts import ModelRef
 from lib.settings import Settings, load_settings
+from tests.bench.chat import untuned
 from tests.bench.report import Report
+from tests.bench.retrieval import QUESTIONS
 from tests.bench.serving import CONFIG, champion, ray_environment, reviews
 from tests.training.nodes import descendants
 
-FAULTS = ("replica", "proxy", "node", "database", "version")
+FAULTS = ("replica", "proxy", "node", "database", "version", "index")
+KNOWLEDGE = Path("jobs/knowledge")
 SHARE = 0.7
 RETRIES = 2
 MARK = "WHORL_BENCH_FAULTS"
@@ -66,7 +71,78 @@ class Sent:
     seconds: float
 
 
-async def send(client: Any, url: str, text: str) -> Sent:
+class Application:
+    """What is asked, and what serves it."""
+
+    name = "sentiment"
+    config = CONFIG
+    route = "/v1/sentiment"
+    faults = FAULTS[:-1]
+    clients = 8
+    """In flight at once where the capacity is measured."""
+    cpus = 1
+    """Of each node."""
+    words = ("--serving.threads", "1")
+
+    def bodies(self) -> list[dict[str, Any]]:
+        return [{"inputs": [text]} for text in reviews(500)]
+
+    def fill(self, folder: Path) -> None:
+        """A version's files, before this bench turned to a store of its own."""
+        with registry.open_version(champion()) as model:
+            skipped = shutil.ignore_patterns(storage.COMPLETE)
+            shutil.copytree(model, folder, dirs_exist_ok=True, ignore=skipped)
+
+    def prepare(self) -> None:
+        """What is needed before it is deployed, once Ray is up."""
+
+
+class ChatApplication(Application):
+    name = "chat"
+    config = "jobs/configs/shop_chat.yaml"
+    route = "/v1/chat/completions"
+    faults = FAULTS
+    clients = 4
+    cpus = 3
+    words = (
+        "--serving.route_prefix", "/", "--serving.threads", "1", "--serving.request_timeout_s", "60",
+        "--serving.chat.dtype", "bfloat16" if tracking.cpu_precision() == "bf16" else "float32",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.pages = Path(tempfile.mkdtemp(prefix="whorl-bench-")) / "pages"
+        shutil.copytree(KNOWLEDGE, self.pages)
+
+    def bodies(self) -> list[dict[str, Any]]:
+        asked = [json.loads(line)["question"] for line in QUESTIONS.read_text().splitlines()]
+        return [self.body(text) for text in asked]
+
+    def body(self, text: str) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": 16, "temperature": 0}
+
+    def fill(self, folder: Path) -> None:
+        untuned(folder)
+
+    def prepare(self) -> None:
+        from lib.retrieval.build import build
+        from lib.retrieval.index import make_current
+        from lib.retrieval.plan import plan
+
+        planned = plan(load_settings(self.config, ["--knowledge.source", str(self.pages)]))
+        build(planned, lambda _: None)
+        make_current(planned.ref, 3)
+
+    def add_page(self) -> None:
+        (self.pages / "parking.md").write_text(
+            "# Parking\n\nThere are twelve parking spaces behind the shop.\n"
+        )
+        self.prepare()
+
+
+APPLICATIONS: dict[str, type[Application]] = {one.name: one for one in (Application, ChatApplication)}
+
+
+async def send(client: Any, url: str, body: dict[str, Any]) -> Sent:
     import httpx
 
     one = Sent(str(uuid.uuid4()), 0, 0, 0.0)
@@ -74,7 +150,7 @@ async def send(client: Any, url: str, text: str) -> Sent:
     for again in range(RETRIES + 1):
         one.tries += 1
         try:
-            answer = await client.post(url, json={"inputs": [text]}, headers={"x-request-id": one.id})
+            answer = await client.post(url, json=body, headers={"x-request-id": one.id})
             one.status = answer.status_code
         except httpx.HTTPError:
             one.status = 0
@@ -86,33 +162,33 @@ async def send(client: Any, url: str, text: str) -> Sent:
     return one
 
 
-async def open_loop(url: str, texts: list[str], rate: float, seconds: float) -> list[Sent]:
+async def open_loop(url: str, bodies: list[dict[str, Any]], rate: float, seconds: float) -> list[Sent]:
     """A request each 1/rate seconds, whatever became of those before."""
     import httpx
 
     headers = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
-    async with httpx.AsyncClient(headers=headers, timeout=30, limits=limits) as client:
+    async with httpx.AsyncClient(headers=headers, timeout=90, limits=limits) as client:
         began, asked = time.perf_counter(), []
         for number in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            asked.append(asyncio.create_task(send(client, url, texts[number % len(texts)])))
+            asked.append(asyncio.create_task(send(client, url, bodies[number % len(bodies)])))
         return await asyncio.gather(*asked)
 
 
-async def closed_loop(url: str, texts: list[str], seconds: float, clients: int = 8) -> float:
+async def closed_loop(url: str, bodies: list[dict[str, Any]], seconds: float, clients: int) -> float:
     """Requests a second, with so many always in flight: the capacity, this client's work included."""
     import httpx
 
     headers, answered = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}, 0
     until = time.perf_counter() + seconds
-    async with httpx.AsyncClient(headers=headers, timeout=30) as client:
+    async with httpx.AsyncClient(headers=headers, timeout=90) as client:
 
         async def ask(first: int) -> None:
             nonlocal answered
             number = first
             while time.perf_counter() < until:
-                await send(client, url, texts[number % len(texts)])
+                await send(client, url, bodies[number % len(bodies)])
                 number, answered = number + clients, answered + 1
 
         await asyncio.gather(*(ask(i) for i in range(clients)))
@@ -122,23 +198,26 @@ async def closed_loop(url: str, texts: list[str], seconds: float, clients: int =
 class Two:
     """Two nodes with a replica each, and what can happen to them."""
 
-    def __init__(self, settings: Settings, versions: tuple[ModelRef, ModelRef]) -> None:
+    def __init__(
+        self, application: Application, settings: Settings, versions: tuple[ModelRef, ModelRef]
+    ) -> None:
         import ray
         from ray import serve as ray_serve
         from ray.cluster_utils import Cluster
 
         from serve.deploy import deploy
 
-        self.settings, self.versions = settings, versions
+        self.application, self.settings, self.versions = application, settings, versions
         self.cluster = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
+            initialize_head=True, head_node_args={"num_cpus": application.cpus, "include_dashboard": False}
         )
-        self.second = self.cluster.add_node(num_cpus=1)
+        self.second = self.cluster.add_node(num_cpus=application.cpus)
         ray.init(address=self.cluster.address, logging_level="warning")
         # Both nodes have one address and so one port: the proxy is the first node's alone.
         listening = {"host": settings.serving.host, "port": settings.serving.port}
         ray_serve.start(proxy_location="HeadOnly", http_options=listening)
-        self.url = f"{deploy(settings)}/v1/sentiment"
+        application.prepare()
+        self.url = f"{deploy(settings)}{application.route}"
         self.wait()
 
     def details(self) -> dict[str, Any]:
@@ -147,19 +226,25 @@ class Two:
         found: dict[str, Any] = _get_global_client().get_serve_details()["applications"][self.settings.name]
         return found
 
-    def wait(self, seconds: float = 120) -> None:
+    def replicas(self) -> list[dict[str, Any]]:
+        """Those that compute: of chat, the engine's."""
+        deployments = self.details()["deployments"]
+        name = next((name for name in deployments if name.startswith("Engine")), "Sentiment")
+        found: list[dict[str, Any]] = deployments[name]["replicas"]
+        return found
+
+    def wait(self, seconds: float = 240) -> None:
         """Until both replicas run."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            app = self.details()
-            states = [r["state"] for r in app["deployments"]["Sentiment"]["replicas"]]
-            if states == ["RUNNING", "RUNNING"] and app["status"] == "RUNNING":
+            states = [replica["state"] for replica in self.replicas()]
+            if states == ["RUNNING", "RUNNING"] and self.details()["status"] == "RUNNING":
                 return
             time.sleep(0.3)
         sys.exit(f"the application did not recover: {self.details()['status']}")
 
     def replica(self, seconds: float) -> None:
-        psutil.Process(self.details()["deployments"]["Sentiment"]["replicas"][0]["pid"]).kill()
+        psutil.Process(self.replicas()[0]["pid"]).kill()
 
     def proxy(self, seconds: float) -> None:
         for node in (self.cluster.head_node, self.second):
@@ -175,7 +260,7 @@ class Two:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         time.sleep(seconds / 2)
-        self.second = self.cluster.add_node(num_cpus=1)
+        self.second = self.cluster.add_node(num_cpus=self.application.cpus)
 
     def database(self, seconds: float) -> None:
         file = tracking.database_url().removeprefix("sqlite:///")
@@ -195,6 +280,14 @@ class Two:
         registry.roll_back(first.name, "bench")
         deploy(self.settings)
 
+    def index(self, seconds: float) -> None:
+        assert isinstance(self.application, ChatApplication)
+        self.application.add_page()
+        time.sleep(seconds)
+        asked = asyncio.run(cited(self.url, self.application.body("where can I park my car?")))
+        if "parking.md" not in asked:
+            sys.exit(f"the new page is not cited, but {asked}")
+
     def close(self) -> None:
         import ray
         from ray import serve as ray_serve
@@ -202,6 +295,16 @@ class Two:
         ray_serve.shutdown()
         ray.shutdown()
         self.cluster.shutdown()
+
+
+async def cited(url: str, body: dict[str, Any]) -> list[str]:
+    """The sources of an answer."""
+    import httpx
+
+    async with httpx.AsyncClient(timeout=90) as client:
+        headers = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}
+        answer = await client.post(url, json=body, headers=headers)
+        return [one["source"] for one in answer.raise_for_status().json()["citations"]]
 
 
 def without_event(ids: list[str], patience_s: float = 60) -> int:
@@ -222,57 +325,66 @@ def without_event(ids: list[str], patience_s: float = 60) -> int:
 def put(two: Two, fault: str, rate: float, seconds: float) -> list[Sent]:
     """The load, from a process of its own, with the fault in its midst."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.json"
+        out, bodies = Path(folder) / "out.json", Path(folder) / "bodies.json"
+        bodies.write_text(json.dumps(two.application.bodies()))
         command = [sys.executable, "-m", "tests.bench.faults", "load", "--url", two.url, "--rate", str(rate)]
-        command += ["--seconds", str(seconds), "--out", str(out)]
+        command += ["--seconds", str(seconds), "--out", str(out), "--bodies", str(bodies)]
         process = subprocess.Popen(command)
         time.sleep(seconds / 3)
         happens: Callable[[float], None] = getattr(two, fault)
         thread = threading.Thread(target=happens, args=(seconds / 2 if fault == "database" else seconds / 3,))
         thread.start()
-        if process.wait(timeout=seconds + 180):
+        if process.wait(timeout=seconds + 300):
             sys.exit("the client failed")
         thread.join()
         return [Sent(**one) for one in json.loads(out.read_text())]
 
 
-def two_versions(model: Path, store: Path) -> tuple[ModelRef, ModelRef]:
-    """A model directory as two versions of a store of its own, the first of them champion: nothing of a user's
-    changes."""
-    os.environ |= {"WHORL_STORAGE": str(store), "WHORL_DATABASE": f"sqlite:///{store / 'whorl.db'}"}
-    name = load_settings(CONFIG).name
-    tracking.client().create_registered_model(name)
-    first, second = ModelRef(name, 1), ModelRef(name, 2)
-    for ref in (first, second):
-        with storage.publish(ref.uri) as folder:
-            shutil.copytree(
-                model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(storage.COMPLETE)
-            )
-        tracking.client().create_model_version(name, source=ref.uri)
+def two_versions(application: Application, name: str, store: Path) -> tuple[ModelRef, ModelRef]:
+    """A model as two versions of a store of its own, the first of them champion: nothing of a user's changes."""
+    with tempfile.TemporaryDirectory() as scratch:
+        application.fill(Path(scratch))
+        os.environ |= {"WHORL_STORAGE": str(store), "WHORL_DATABASE": f"sqlite:///{store / 'whorl.db'}"}
+        tracking.client().create_registered_model(name)
+        first, second = ModelRef(name, 1), ModelRef(name, 2)
+        for ref in (first, second):
+            with storage.publish(ref.uri) as folder:
+                shutil.copytree(scratch, folder, dirs_exist_ok=True)
+            tracking.client().create_model_version(name, source=ref.uri)
     assert registry.crown(first, None)
     return first, second
 
 
-def main(faults: list[str], seconds: float) -> None:
+def main(applications: list[str], faults: list[str], seconds: float) -> None:
     report = Report("faults")
-    with registry.open_version(champion()) as model, tempfile.TemporaryDirectory() as store:
-        versions = two_versions(model, Path(store))
-        _, os.environ["BENCH_KEY"] = keys.create("bench", ["*"], requests_per_minute=10_000_000, days=1)
-        words = ["--serving.port", str(free_port()), "--serving.min_replicas", "2"]
-        words += ["--serving.max_replicas", "2", "--serving.threads", "1"]
-        two = Two(load_settings(CONFIG, words), versions)
-        try:
-            measure(report, two, faults, seconds)
-        finally:
-            two.close()
+    places = {name: os.environ.get(name) for name in ("WHORL_STORAGE", "WHORL_DATABASE")}
+    for name in applications:
+        os.environ |= {key: value for key, value in places.items() if value is not None}
+        run(report, APPLICATIONS[name](), faults, seconds)
     report.finish()
 
 
+def run(report: Report, application: Application, faults: list[str], seconds: float) -> None:
+    with tempfile.TemporaryDirectory() as store:
+        versions = two_versions(application, load_settings(application.config).name, Path(store))
+        limits = {"requests_per_minute": 10_000_000, "tokens_per_minute": 1_000_000_000}
+        _, os.environ["BENCH_KEY"] = keys.create("bench", ["*"], days=1, **limits)
+        words = ["--serving.port", str(free_port()), "--serving.min_replicas", "2"]
+        words += ["--serving.max_replicas", "2", *application.words]
+        two = Two(application, load_settings(application.config, words), versions)
+        try:
+            measure(report, two, [fault for fault in faults if fault in application.faults], seconds)
+        finally:
+            two.close()
+
+
 def measure(report: Report, two: Two, faults: list[str], seconds: float) -> None:
-    capacity = asyncio.run(closed_loop(two.url, reviews(500), 10))
-    report.row("capacity", capacity, unit="requests/s")
+    kind, bodies = two.application, two.application.bodies()
+    asyncio.run(closed_loop(two.url, bodies, 5, kind.clients))  # kernels of all shapes are made
+    capacity = asyncio.run(closed_loop(two.url, bodies, 15, kind.clients))
+    report.row(f"{kind.name}: capacity", capacity, unit="requests/s")
     for fault in faults:
-        rows(report, fault, put(two, fault, SHARE * capacity, seconds))
+        rows(report, f"{kind.name}, {fault}", put(two, fault, SHARE * capacity, seconds))
         two.wait()
 
 
@@ -295,17 +407,19 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", nargs="?", default="bench", choices=["bench", "load"])
+    parser.add_argument("--applications", nargs="+", choices=APPLICATIONS, default=list(APPLICATIONS))
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
     parser.add_argument("--seconds", type=float, default=45, help="of load, for each fault")
-    for name in ("url", "rate", "out"):
+    for name in ("url", "rate", "out", "bodies"):
         parser.add_argument(f"--{name}", help="of load")
     arguments = parser.parse_args()
     if arguments.what == "load":
-        load = open_loop(arguments.url, reviews(500), float(arguments.rate), arguments.seconds)
+        bodies = json.loads(Path(arguments.bodies).read_text())
+        load = open_loop(arguments.url, bodies, float(arguments.rate), arguments.seconds)
         Path(arguments.out).write_text(json.dumps([asdict(one) for one in asyncio.run(load)]))
     elif os.environ.get(MARK) is None:
         # Ray reads its environment when it is imported, and what this module imports has done that.
         given = {**os.environ, **ray_environment(), "RAY_AUTH_MODE": "disabled", MARK: "1"}
         os.execve(sys.executable, [sys.executable, "-m", "tests.bench.faults", *sys.argv[1:]], given)
     else:
-        main(arguments.faults, arguments.seconds)
+        main(arguments.applications, arguments.faults, arguments.seconds)
