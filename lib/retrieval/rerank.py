@@ -26,8 +26,8 @@ class Reranker:
     def __init__(self, base: str) -> None:
         folder = base_directory(base)
         self._tokenizer = load_tokenizer(folder, max_tokens(folder))
-        # A long passage is cut, never the question.
-        self._tokenizer.enable_truncation(max_tokens(folder), strategy="only_second")
+        # Of the two the longer one is cut.
+        self._tokenizer.enable_truncation(max_tokens(folder), strategy="longest_first")
         # One thread: the engine beside it wants the cores.
         self._encoder = load_cross_encoder(folder, ServingSettings(threads=1))
         if self._encoder.classes != 1:
