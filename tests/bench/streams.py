@@ -31,10 +31,11 @@ async def ask(host: str, port: int, request: bytes, began: float) -> dict[str, A
         status = await reader.readline()
         while line := await reader.readline():
             if not line.startswith(b"data: {"):
-                if ended := line.startswith(b"data: [DONE]"):
+                if line.startswith(b"data: [DONE]"):
                     break
                 continue
             choices = json.loads(line[6:]).get("choices") or [{}]
+            ended = ended or bool(choices[0].get("finish_reason"))
             if content := (choices[0].get("delta") or {}).get("content"):
                 now = time.perf_counter() - began
                 found["first"] = found["first"] or now
