@@ -275,6 +275,7 @@ def down() -> None:
         supervisor.wait(timeout=3 * STOP_SECONDS)
     except psutil.TimeoutExpired:
         raise ResourceError(f"supervisor {found['pid']} does not end; see {LOG}") from None
+    end_leftovers()  # where it was killed meanwhile
     print("the cluster is down; no process of it is left")
 
 

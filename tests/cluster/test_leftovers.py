@@ -52,7 +52,8 @@ def killed(state: Path) -> Iterator[psutil.Process]:
     started = psutil.Process(supervisor.pid).create_time()
     state.write_text(json.dumps({"pid": supervisor.pid, "started": started}))
     supervisor.kill()
-    # Not waited for: where no init reaps, a killed supervisor stays as a zombie.
+    # Its end is waited for, and left to be seen: where no init reaps, a killed supervisor stays as a zombie.
+    os.waitid(os.P_PID, supervisor.pid, os.WEXITED | os.WNOWAIT)
     yield engine
     supervisor.wait()
     if engine.is_running():
