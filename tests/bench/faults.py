@@ -11,7 +11,7 @@ While they come, after a third of the time:
     replica     a replica's process is killed
     proxy       HAProxy is killed
     node        the second node is killed with all that runs there; another joins later
-    database    the database answers nobody for half of the time
+    database    the database answers nobody for 30 s
     version     another version is promoted and deployed, then rolled back and deployed
     index       chat: the knowledge base is made anew with a page more, which must be cited afterwards
 
@@ -54,6 +54,8 @@ from tests.training.nodes import descendants
 
 FAULTS = ("replica", "proxy", "node", "database", "version", "index")
 KNOWLEDGE = Path("jobs/knowledge")
+AWAY_S = 30.0
+"""How long the database is away."""
 SHARE = 0.7
 RETRIES = 2
 MARK = "WHORL_BENCH_FAULTS"
@@ -332,7 +334,7 @@ def put(two: Two, fault: str, rate: float, seconds: float) -> list[Sent]:
         process = subprocess.Popen(command)
         time.sleep(seconds / 3)
         happens: Callable[[float], None] = getattr(two, fault)
-        thread = threading.Thread(target=happens, args=(seconds / 2 if fault == "database" else seconds / 3,))
+        thread = threading.Thread(target=happens, args=(AWAY_S if fault == "database" else seconds / 3,))
         thread.start()
         if process.wait(timeout=seconds + 300):
             sys.exit("the client failed")
