@@ -150,7 +150,7 @@ def test_a_pair_of_texts_is_read_as_transformers_reads_it(
     tokenizer = AutoTokenizer.from_pretrained(classifier)
     model = AutoModelForSequenceClassification.from_pretrained(classifier).eval()
     pairs = [("is it soft", "the fabric is soft"), ("a dress", "fits"), ("great", "the size is okay " * 9)]
-    encoded = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+    encoded = [tokenizer(*pair, return_tensors="pt", return_token_type_ids=True) for pair in pairs]
     assert {tuple(each["token_type_ids"][0].unique().tolist()) for each in encoded} == {(0, 1)}
     with torch.inference_mode():
         wanted = np.stack([model(**each).logits[0].numpy() for each in encoded])

@@ -307,7 +307,9 @@ def request(row: dict[str, Any], name: str) -> tuple[str, dict[str, Any]]:
     """Path and body that ask the model `name` for the last turn of a dialogue."""
     turns = row.get("asked") or row["messages"]  # what serves it finds the passages itself
     last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return "/v1/chat/completions", {"model": name, "messages": turns[:last], "max_tokens": ASKED_TOKENS}
+    # At temperature 0, as it was evaluated.
+    asked = {"model": name, "messages": turns[:last], "max_tokens": ASKED_TOKENS, "temperature": 0}
+    return "/v1/chat/completions", asked
 
 
 def tell(row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:

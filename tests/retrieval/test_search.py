@@ -175,7 +175,9 @@ class TestReranking:
         model = AutoModelForSequenceClassification.from_pretrained(cross_encoder).eval()
 
         def score(number: int) -> float:
-            pair = tokenizer(question, f"Help\nH{number}\n{TEXTS[number]}", return_tensors="pt")
+            pair = tokenizer(
+                question, f"Help\nH{number}\n{TEXTS[number]}", return_tensors="pt", return_token_type_ids=True
+            )
             with torch.inference_mode():
                 return float(model(**pair).logits[0, 0])
 
