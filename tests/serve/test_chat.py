@@ -145,7 +145,12 @@ def chat_settings(**serving: Any) -> Settings:
                 "max_body_bytes": 100_000,
                 "max_ongoing_requests": 8,
                 "max_queued_requests": 4,
-                "chat": {"dtype": "float32", "kv_cache_gib": 0.0625, "max_num_seqs": 8},
+                "chat": {
+                    "dtype": "float32",
+                    "kv_cache_gib": 0.0625,
+                    "max_num_seqs": 8,
+                    "options": {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
+                },
                 **serving,
             },
         }
