@@ -313,7 +313,7 @@ def test_a_tool_that_must_be_called_is_called(deployed: Deployed) -> None:
     given: dict[str, Any] = {
         "tools": [tool],
         "tool_choice": {"type": "function", "function": {"name": "close"}},
-        "max_tokens": 60,
+        "max_tokens": 120,
     }
     (call,) = deployed.ask(**given).choices[0].message.tool_calls
     assert call.function.name == "close"
