@@ -113,13 +113,15 @@ class IndexRef:
 
     name: str
     fingerprint: str
+    root: str | None = field(default=None, compare=False)
+    """Of the storage that it lies in; None: this process's own."""
 
     def __str__(self) -> str:
         return f"{self.name}/{self.fingerprint}"
 
     @property
     def uri(self) -> str:
-        return storage.join(storage.root(), "indexes", self.name, self.fingerprint)
+        return storage.join(self.root or storage.root(), "indexes", self.name, self.fingerprint)
 
     def exists(self) -> bool:
         return storage.published(self.uri)

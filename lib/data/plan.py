@@ -6,7 +6,7 @@ Imports no ray, so that a wrong column name, or a dataset that is there already,
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lib import storage
@@ -86,7 +86,8 @@ def plan(settings: Settings) -> Plan:
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
     knowledge = None
     if data.grounded and settings.serving.knowledge is not None:
-        knowledge = current(settings.serving.knowledge.index)
+        # The tasks that read it may have another storage in their environment.
+        knowledge = replace(current(settings.serving.knowledge.index), root=storage.root())
     # What the loss does with a head changes no row.
     heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     identity = {
