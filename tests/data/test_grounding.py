@@ -131,7 +131,7 @@ def test_without_an_index_it_ends_in_a_line(storage: Path, tiny_chat_base: Path,
 def test_a_dataset_holds_grounded_dialogues(tiny_chat_base: Path, tmp_path: Path) -> None:
     from lib.data.build import build
 
-    lines = [turns(f"the fabric is soft {i}", f"yes {i}") for i in range(30)]
+    lines = [turns(f"the fabric is soft {i}", f"yes {i}") for i in range(100)]
     (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"messages": line}) for line in lines))
     settings = configured(tiny_chat_base, str(tmp_path / "talks.jsonl"))
     words = settings.model_dump(mode="json")
@@ -141,7 +141,7 @@ def test_a_dataset_holds_grounded_dialogues(tiny_chat_base: Path, tmp_path: Path
     assert manifest["knowledge"] == str(current("shop"))
     rows = [row for split in ("train", "validation", "test") for shard in planned.ref.shards(split)
             for row in pq.read_table(files.filesystem(shard)[1], filesystem=files.filesystem(shard)[0]).to_pylist()]  # fmt: skip
-    assert len(rows) == 30
+    assert len(rows) == 100
     for row in rows:
         assert row["messages"][0]["role"] == "system"
         assert row["passages"] in row["messages"][0]["content"]
