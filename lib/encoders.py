@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # A label that is no class: no loss, no prediction.
 IGNORED = -100
+# A `max_length` that no text has.
+UNCUT = 1 << 30
 
 
 @functools.lru_cache(maxsize=4)

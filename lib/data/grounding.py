@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from lib.artifacts import IndexRef
-from lib.encoders import base_tokenizer
+from lib.encoders import UNCUT, base_tokenizer
 from lib.errors import RequestError
 from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import Index
@@ -22,7 +22,6 @@ from lib.retrieval.search import Hit, search
 from lib.settings import ServingSettings, Settings
 from lib.tasks import UnencodableError
 
-UNCUT = 1 << 30
 # Questions that are embedded at a time.
 AT_ONCE = 512
 

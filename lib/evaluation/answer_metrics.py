@@ -124,10 +124,11 @@ def figures(
     words = [Words().tokenize(answer) for answer in answers]
     pairs = list(zip(answers, references, strict=True))
     refused = np.array([float(any(p.search(answer) for p in patterns)) for answer in answers])
-    found = np.array([bool(text) for text in passages or [""] * len(answers)], bool)
+    texts = [""] * len(answers) if passages is None else list(passages)
+    found = np.array([bool(text) for text in texts], bool)
     grounded = np.full(len(answers), np.nan)
     for i in np.flatnonzero(found):
-        grounded[i] = precision(words[i], Words().tokenize((passages or [])[i]))
+        grounded[i] = precision(words[i], Words().tokenize(texts[i]))
     return AnswerFigures(
         rouge_l=np.array([scorer.score(reference, answer)["rougeL"].fmeasure for answer, reference in pairs]),
         chrf=chrf_statistics(answers, references),

@@ -75,12 +75,13 @@ def measure(
     predictions = _predictions(asked, model, base, nearest)
     systems = {MODEL: model, BASE: base}
     figures = {name: _figures(one, asked, settings) for name, one in systems.items()}
+    words = [len(answer_metrics.Words().tokenize(answer)) for answer in nearest.answers]
     figures[NEAREST] = answer_metrics.figures(
         nearest.answers,
         asked.references,
         settings.answers.refusals,
-        [len(words) for words in map(answer_metrics.Words().tokenize, nearest.answers)],
-        [False] * len(nearest.answers),
+        words,
+        [False] * len(words),
         asked.passages,
     )
     additive = {name: _additive(predictions, name, one) for name, one in figures.items()}

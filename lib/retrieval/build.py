@@ -19,7 +19,7 @@ import ray
 import ray.data
 
 from lib import storage, tracking
-from lib.encoders import base_tokenizer
+from lib.encoders import UNCUT, base_tokenizer
 from lib.errors import DataError, StorageError
 from lib.progress import data_context
 from lib.retrieval.chunks import Chunker
@@ -36,8 +36,6 @@ PASSAGES_AT_ONCE = 256
 PASSAGE_BITS = 24
 PROBLEMS_TOLD = 3
 READ_CPUS = 0.5
-# No document has so many tokens that its tokenizer would cut it.
-UNCUT = 1 << 30
 READ = PASSAGE.append(pa.field("problem", pa.string()))
 
 

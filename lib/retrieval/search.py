@@ -39,10 +39,7 @@ class Hit:
 
 
 def search(
-    index: Index,
-    questions: Sequence[str],
-    vectors: np.ndarray,
-    settings: SearchSettings,
+    index: Index, questions: Sequence[str], vectors: np.ndarray, settings: SearchSettings
 ) -> list[Hit]:
     """The best passages, best first; none when no passage's cosine reaches the threshold.
 

@@ -131,8 +131,7 @@ def freed_at_once() -> Iterator[None]:
     """Memory of whole tensors goes back to the system as soon as they are freed, where the C library is glibc.
 
     It raises its threshold for that with what is freed, up to 32 MiB, and keeps the rest in its heap: between the parts
-    that stay, the heap of a model that is divided while it is read grows to more than the whole of it (SmolLM2-135M for
-    two ranks: 0.58 instead of 0.31 GiB).
+    that stay, the heap of a model that is divided while it is read grows to more than the whole of it.
     """
     option = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
     option(M_MMAP_THRESHOLD, 1 << 18)

@@ -28,8 +28,8 @@ import yaml
 
 from lib import storage
 from lib.artifacts import IndexRef
-from lib.encoders import base_tokenizer
-from lib.retrieval.build import UNCUT, passages
+from lib.encoders import UNCUT, base_tokenizer
+from lib.retrieval.build import passages
 from lib.retrieval.chunks import Chunker
 from lib.retrieval.documents import find_documents, read_document
 from lib.retrieval.embedding import Embedder
