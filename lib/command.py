@@ -103,7 +103,9 @@ def connect() -> None:
         options["runtime_env"] = {"env_vars": tracking.places()}
     if not address:
         cores = os.cpu_count() or 1
-        ray.init(num_cpus=max(MIN_LOGICAL_CPUS, cores), include_dashboard=False, **options)
+        # "local": without an address Ray would look for a cluster that `ray start` once wrote down here, and
+        # fail where that one is gone.
+        ray.init("local", num_cpus=max(MIN_LOGICAL_CPUS, cores), include_dashboard=False, **options)
         return
     if address.startswith("http"):  # the jobs API's address, as `ray job submit` wants it
         address = cluster.get("address") or "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,9 @@ def test_a_model_that_is_not_there_or_of_another_task_is_one_line(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_dialogues_are_answered_by_vllm_as_by_transformers(database: Path, tmp_path: Path) -> None:
+def test_dialogues_are_answered_by_vllm_as_by_transformers(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tracking.client().create_registered_model("helper")
     crown(publish_chat(1))
     asked = ["my phone does not ring", "it is soft", "x" * 400, "where is it?", ""]
@@ -140,17 +143,22 @@ def test_dialogues_are_answered_by_vllm_as_by_transformers(database: Path, tmp_p
     words += ["--score.max_tokens", "8", "--score.rows_per_shard", "2", "--score.bad_rows", "0.5"]
     found: dict[str, list[dict[str, Any]]] = {}
     before = engines()
-    for engine in ("vllm", "transformers"):
-        out = tmp_path / engine
-        chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
-        # A process of its own, as for a user: Ray Data's LLM support takes hold of a driver's output.
-        command = [sys.executable, "-m", "jobs.score", *words, *chosen]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        manifest = json.loads((out / "_manifest.json").read_text())
-        assert engine.replace("transformers", "torch") in manifest["engine"]
-        assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
-        found[engine] = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["row"])
+    # Where a cluster of `ray start` was killed, its address is left behind: nobody is to join it.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # Ray's socket paths may have 107 characters
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:6399")
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        for engine in ("vllm", "transformers"):
+            out = tmp_path / engine
+            chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
+            # A process of its own, as for a user: Ray Data's LLM support takes hold of a driver's output.
+            command = [sys.executable, "-m", "jobs.score", *words, *chosen]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stdout + done.stderr
+            manifest = json.loads((out / "_manifest.json").read_text())
+            assert engine.replace("transformers", "torch") in manifest["engine"]
+            assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
+            found[engine] = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["row"])
     assert found["vllm"] == found["transformers"]
     assert [row["number"] for row in found["vllm"]] == ["0", "1", "2", "3", "4"]
     assert "shorten them" in found["vllm"][2]["problem"]
