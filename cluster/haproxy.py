@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""HAProxy as Ray Serve starts it, and again at once when it dies.
+
+Ray Serve looks at its HAProxy every 10 s, believes the third failure, and then starts an actor that starts another: a
+node whose HAProxy was killed answers nobody for over half a minute. Serve calls this file in its place
+(`RAY_SERVE_HAPROXY_BINARY_PATH`; the binary itself is named by `WHORL_HAPROXY`), with the same arguments. The binary is
+a child of this process: it gets its signals, dies with it, and is started anew, with the configuration that is on disk,
+when something else kills it.
+
+Serve takes HAProxy for up when the `Pid` that its admin socket tells (`show info`) is the pid that it started. So this
+process listens at the socket's path, hands each command on to HAProxy's own (the path with `.own` after it) and says
+its own pid. Reloads work as without it: the next one takes the listening sockets over (`-x`) and ends this one's child by
+its signal (`-sf`). Of Python's own library alone, since it runs before anything else of Whorl does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, signal.SIGTTIN)
+ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
+PR_SET_PDEATHSIG = 1
+# One that dies as often as that is left to Serve, which says so in its log.
+DEATHS, WITHIN_S = 5, 10.0
+
+
+def ask(path: str, command: bytes) -> bytes:
+    """What HAProxy answers at its admin socket. Raises OSError where nobody listens."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        connection.connect(path)
+        connection.sendall(command)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+class Admin(socketserver.ThreadingUnixStreamServer):
+    """The admin socket at `path`, put there in place of an earlier one's in one step."""
+
+    daemon_threads = True
+
+    def __init__(self, path: str) -> None:
+        self.path, mine = path, f"{path}.{os.getpid()}"
+        before = os.umask(0o177)
+        try:
+            super().__init__(mine, Handler)
+        finally:
+            os.umask(before)
+        self._inode = Path(mine).stat().st_ino
+        Path(mine).rename(path)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def is_replaced(self) -> bool:
+        """Whether a later one listens there."""
+        try:
+            return Path(self.path).stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
+
+class Handler(socketserver.StreamRequestHandler):
+    server: Admin
+    timeout = 5
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            answer = ask(own_socket(self.server.path), self.rfile.readline(65536))
+            self.wfile.write(re.sub(rb"(?m)^Pid: \d+", b"Pid: %d" % os.getpid(), answer))
+
+
+def own_socket(path: str) -> str:
+    return f"{path}.own"  # short: a socket's path may have 107 characters
+
+
+def dies_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class Supervisor:
+    """Of one HAProxy, called with `words`, whose configuration is `config`."""
+
+    def __init__(self, binary: str, words: list[str], config: Path, admin: str) -> None:
+        self._binary, self._config, self._path = binary, config, admin
+        self._ending = False
+        # What a reload says of its forerunner: not said when HAProxy is started again.
+        first = min((words.index(word) for word in ("-sf", "-st", "-x") if word in words), default=len(words))
+        self._words, self._reload = words[:first], words[first:]
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> int:
+        """Until it was told to end, or another took its place; the exit status."""
+        for number in FORWARDED:
+            signal.signal(number, self._forward)
+        taken_over = [own_socket(word) if word == self._path else word for word in self._reload]
+        child = self._start(taken_over)
+        deaths: list[float] = []
+        if not self._wait_until_up(child):
+            return child.wait()
+        admin = Admin(self._path)
+        while True:
+            status = child.wait()
+            if status >= 0 or self._ending or admin.is_replaced():
+                return status if status >= 0 else 128 - status
+            deaths = [at for at in deaths if at > time.monotonic() - WITHIN_S] + [time.monotonic()]
+            if len(deaths) >= DEATHS:
+                print(f"HAProxy died {DEATHS} times within {WITHIN_S:.0f} s", file=sys.stderr, flush=True)
+                return 128 - status
+            print(f"HAProxy died of signal {-status}; started again", file=sys.stderr, flush=True)
+            child = self._start([])
+
+    def _start(self, more: list[str]) -> subprocess.Popen[bytes]:
+        mine = self._config.with_name(f"{self._config.name}.supervised")
+        # Serve lets every user of the machine command its HAProxy: not here.
+        text = ADMIN.sub(lambda at: f"{at[1]}{own_socket(at[2])} mode 600", self._config.read_text())
+        with open(f"{mine}.{os.getpid()}", "w") as file:
+            file.write(text)
+        os.replace(file.name, mine)
+        words = [str(mine) if word == str(self._config) else word for word in self._words]
+        self._child = subprocess.Popen([self._binary, *words, *more], preexec_fn=dies_with_parent)
+        return self._child
+
+    def _wait_until_up(self, child: subprocess.Popen[bytes]) -> bool:
+        """False when it ended before."""
+        while child.poll() is None:
+            with suppress(OSError):
+                if b"\nPid: %d\n" % child.pid in ask(own_socket(self._path), b"show info\n"):
+                    return True
+            time.sleep(0.02)
+        return False
+
+    def _forward(self, number: int, frame: object) -> None:
+        self._ending |= number in ENDING
+        if self._child is not None:
+            self._child.send_signal(number)
+
+
+def main(words: list[str]) -> int:
+    """The exit status; what needs no keeping up (`-v`, a configuration without an admin socket) becomes HAProxy."""
+    binary = os.environ.get("WHORL_HAPROXY")
+    if not binary:
+        print("error: WHORL_HAPROXY must name HAProxy's binary", file=sys.stderr)
+        return 2
+    config = Path(words[words.index("-f") + 1]) if "-f" in words[:-1] else None
+    admin = config and ADMIN.search(config.read_text())
+    if not config or not admin:
+        os.execv(binary, [binary, *words])
+    return Supervisor(binary, words, config, admin[2]).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
