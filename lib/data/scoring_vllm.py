@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,20 @@ def available() -> bool:
     return find_spec("vllm") is not None and storage.is_local(storage.filesystem(storage.root())[0])
 
 
+def batch_arguments(serving: ServingSettings) -> dict[str, Any]:
+    """An engine's without an HTTP server: `serving.chat.options` may set what is the server's alone."""
+    found = engine_arguments(serving)
+    if not serving.chat.options:
+        return found  # vLLM takes 10 s to import
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    frontend = {field.name for field in fields(FrontendArgs)} - {
+        field.name for field in fields(AsyncEngineArgs)
+    }
+    return {name: value for name, value in found.items() if name not in frontend}
+
+
 def answered(planned: Planned, folder: Path, uri: str) -> ray.data.Dataset:
     """A dataset of `counts`, a row for each shard (`lib.data.scoring.write_shard`), which are written under `uri`."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
@@ -50,7 +65,7 @@ def answered(planned: Planned, folder: Path, uri: str) -> ray.data.Dataset:
     serving, wanted = planned.settings.serving, planned.settings.score
     config = vLLMEngineProcessorConfig(
         model_source=str(folder),
-        engine_kwargs=engine_arguments(serving),
+        engine_kwargs=batch_arguments(serving),
         placement_group_config={"bundle_per_worker": worker_bundle(serving)},
         runtime_env={"env_vars": environment(serving)},
         concurrency=(wanted.workers, wanted.workers),
