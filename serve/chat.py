@@ -7,8 +7,9 @@
 
 Two deployments. `Chat`, the ingress, checks a request and turns every mistake into OpenAI's form of an error;
 `Engine` holds one version's vLLM and its processes. With `serving.knowledge` the ingress grounds a conversation in an
-index first, and answers bear `citations`: the whole answer, or the part of a stream that ends it. Another champion is another argument of both, so that
-`serve.deploy` replaces them, replica by replica: with one, nobody is answered until the new engine has started.
+index first, and answers bear `citations`: the whole answer, or the part of a stream that ends it. Another champion is
+another argument of both, so that `serve.deploy` replaces them, replica by replica: with one, nobody is answered until
+the new engine has started. When it does not start, what ran before is deployed again.
 """
 
 # Without `from __future__ import annotations`: Ray Serve and FastAPI read the annotations as types.

@@ -4,7 +4,9 @@
 
 The alias (`champion` by default) is resolved here, once, so that every replica serves the same version.
 When only the version differs from what runs, replicas swap it without a restart and without losing a
-request, after a trial beside the one that answers where `serving.canary` asks for it; other changes of `serving` replace replicas one by one. Other applications are left alone.
+request, after a trial beside the one that answers where `serving.canary` asks for it; other changes of `serving`
+replace replicas one by one. Chat's versions are engines that start anew: when one does not start, what ran before is
+deployed again, and is champion again. Other applications are left alone.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib import canary, command, registry, storage, tracking
 from lib.artifacts import TASK_FILE, ModelRef
-from lib.errors import ConfigError, ModelError, RegistryError, ResourceError
+from lib.errors import ConfigError, ModelError, RegistryError, ResourceError, WhorlError
 from lib.registry import parse_reference
 from lib.retrieval.index import current
 from lib.settings import ServingSettings, Settings
@@ -48,9 +50,15 @@ def deploy(settings: Settings) -> str:
     command.connect()
     _check_resources(settings)
     client = _start_serve(settings.serving)
+    before = client.get_serve_details()["applications"].get(settings.name)
     _apply(client, settings, ref)
     url = address(settings.serving)
-    _wait(client, settings, ref, url)
+    try:
+        _wait(client, settings, ref, url)
+    except (ModelError, ResourceError) as error:
+        if served_as(settings) not in STARTED_ANEW or not before or before["status"] != "RUNNING":
+            raise
+        _go_back(client, settings, ref, before["deployed_app_config"], error)
     return url
 
 
@@ -177,15 +185,7 @@ def _require_free(serving: ServingSettings) -> None:
 
 
 def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    # A configuration names all applications: what it does not name is deleted.
     running = client.get_serve_details()["applications"]
-    others = [
-        found["deployed_app_config"]
-        for name, found in running.items()
-        if name != settings.name and found["deployed_app_config"]
-    ]
     ours = application_config(settings, ref, _instead_of(running.get(settings.name), settings, ref))
     for name, found in running.items():
         if name != settings.name and found["route_prefix"] == ours["route_prefix"]:
@@ -193,7 +193,48 @@ def _apply(client: ServeControllerClient, settings: Settings, ref: ModelRef) -> 
                 f"application {name!r} already answers under {ours['route_prefix']}; "
                 f"set serving.route_prefix, such as /{settings.name}"
             )
-    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, ours]}))
+    _deploy_beside_others(client, ours)
+
+
+def _deploy_beside_others(client: ServeControllerClient, application: dict[str, Any]) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    # A configuration names all applications: what it does not name is deleted.
+    others = [
+        found["deployed_app_config"]
+        for name, found in client.get_serve_details()["applications"].items()
+        if name != application["name"] and found["deployed_app_config"]
+    ]
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*others, application]}))
+
+
+def _go_back(
+    client: ServeControllerClient,
+    settings: Settings,
+    ref: ModelRef,
+    before: dict[str, Any],
+    error: WhorlError,
+) -> NoReturn:
+    """Deploy what ran before `ref`, and make it champion again where `ref` is. Raises ModelError, which says so."""
+    name, version = parse_reference(before["args"]["model"])
+    said = str(error)
+    if registry.champion(ref.name) == ref and before["args"].get("version") not in (None, ref.version):
+        try:
+            registry.roll_back(ref.name, f"did not start: {said}")
+        except RegistryError as other:
+            said += f"; {other}"
+    _deploy_beside_others(client, before)
+    earlier = ModelRef(name, before["args"].get("version") or registry.resolve(name, version).version)
+    try:
+        _wait(
+            client,
+            settings,
+            earlier,
+            address(settings.serving.model_copy(update={"route_prefix": before["route_prefix"]})),
+        )
+    except (ModelError, ResourceError) as other:
+        raise ModelError(f"{said}; and what ran before did not come back: {other}") from error
+    raise ModelError(f"{said}; {earlier} answers again, as before") from error
 
 
 def _instead_of(app: dict[str, Any] | None, settings: Settings, ref: ModelRef) -> str | None:

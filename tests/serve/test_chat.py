@@ -24,7 +24,7 @@ import pytest
 from cluster.local import free_port
 from lib import events, keys, registry, storage, tracking
 from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
-from lib.errors import RegistryError
+from lib.errors import ModelError, RegistryError
 from lib.registry import VERSION_FILE
 from lib.settings import ServingSettings, Settings
 from lib.tasks import chat
@@ -528,6 +528,26 @@ def test_another_champion_is_taken_up_and_its_answers_are_grounded(
     assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
     _, alive = psutil.wait_procs(before, timeout=30)
     assert not alive
+
+
+def test_a_version_whose_engine_does_not_start_gives_way_to_the_one_before(
+    deployed: Deployed, tmp_path: Path
+) -> None:
+    from serve.deploy import deploy
+
+    before = registry.champion(NAME)
+    assert before == ModelRef(NAME, 2)
+    model = random_chat(tmp_path, 3)
+    model.config.num_hidden_layers += 1  # which the files do not have
+    broken = publish(ModelRef(NAME, 3), model, tmp_path)
+    tracking.client().create_model_version(NAME, source=broken.uri)
+    assert registry.crown(broken, before)
+    with pytest.raises(ModelError, match=r"helper did not deploy: .*; helper@2 answers again, as before"):
+        deploy(chat_settings(port=deployed.settings.serving.port))
+    assert registry.champion(NAME) == before
+    assert [model.id for model in deployed.client.models.list()][2] == f"{NAME}@2"
+    unknown = deployed.ask(messages=[{"role": "user", "content": "xyzzy"}])
+    assert unknown.choices[0].message.content == "I do not know.", "its settings are those of before, too"
 
 
 def test_adapters_share_an_engine_and_are_followed_without_a_restart(
