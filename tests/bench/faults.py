@@ -6,7 +6,7 @@ Two Ray nodes on this machine, each with a replica. `sentiment` is the champion 
 bench-serving`; `chat` is SmolLM2-135M-Instruct on vLLM, grounded in the help pages of jobs/knowledge, 16 tokens an answer.
 Requests come at 70% of what was measured as capacity, whether or not earlier ones were answered, each under a request id
 of its own; a client tries again as OpenAI's does (twice, after 0.5 s and 1 s, on a lost connection, 408, 429 or 5xx).
-While they come, after a third of the time:
+They come until the fault is over and both replicas are up again. After a third of the least time:
 
     replica     a replica's process is killed
     proxy       HAProxy is killed
@@ -30,7 +30,6 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -164,17 +163,18 @@ async def send(client: Any, url: str, body: dict[str, Any]) -> Sent:
     return one
 
 
-async def open_loop(url: str, bodies: list[dict[str, Any]], rate: float, seconds: float) -> list[Sent]:
-    """A request each 1/rate seconds, whatever became of those before."""
+async def open_loop(url: str, bodies: list[dict[str, Any]], rate: float) -> list[Sent]:
+    """A request each 1/rate seconds, whatever became of those before, until the standard input ends."""
     import httpx
 
     headers = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+    ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     async with httpx.AsyncClient(headers=headers, timeout=90, limits=limits) as client:
-        began, asked = time.perf_counter(), []
-        for number in range(int(rate * seconds)):
-            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            asked.append(asyncio.create_task(send(client, url, bodies[number % len(bodies)])))
+        began, asked = time.perf_counter(), list[asyncio.Task[Sent]]()
+        while not ended.done():
+            await asyncio.sleep(max(0.0, began + len(asked) / rate - time.perf_counter()))
+            asked.append(asyncio.create_task(send(client, url, bodies[len(asked) % len(bodies)])))
         return await asyncio.gather(*asked)
 
 
@@ -325,20 +325,26 @@ def without_event(ids: list[str], patience_s: float = 60) -> int:
 
 
 def put(two: Two, fault: str, rate: float, seconds: float) -> list[Sent]:
-    """The load, from a process of its own, with the fault in its midst."""
+    """The load, from a process of its own, with the fault in its midst; for so many seconds at least."""
     with tempfile.TemporaryDirectory() as folder:
         out, bodies = Path(folder) / "out.json", Path(folder) / "bodies.json"
         bodies.write_text(json.dumps(two.application.bodies()))
         command = [sys.executable, "-m", "tests.bench.faults", "load", "--url", two.url, "--rate", str(rate)]
-        command += ["--seconds", str(seconds), "--out", str(out), "--bodies", str(bodies)]
-        process = subprocess.Popen(command)
-        time.sleep(seconds / 3)
-        happens: Callable[[float], None] = getattr(two, fault)
-        thread = threading.Thread(target=happens, args=(AWAY_S if fault == "database" else seconds / 3,))
-        thread.start()
-        if process.wait(timeout=seconds + 300):
+        command += ["--out", str(out), "--bodies", str(bodies)]
+        began = time.monotonic()
+        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        try:
+            time.sleep(seconds / 3)
+            happens: Callable[[float], None] = getattr(two, fault)
+            happens(AWAY_S if fault == "database" else seconds / 3)
+            two.wait()
+            time.sleep(max(5.0, began + seconds - time.monotonic()))
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            failed = process.wait(timeout=300)
+        if failed:
             sys.exit("the client failed")
-        thread.join()
         return [Sent(**one) for one in json.loads(out.read_text())]
 
 
@@ -387,7 +393,6 @@ def measure(report: Report, two: Two, faults: list[str], seconds: float) -> None
     report.row(f"{kind.name}: capacity", capacity, unit="requests/s")
     for fault in faults:
         rows(report, f"{kind.name}, {fault}", put(two, fault, SHARE * capacity, seconds))
-        two.wait()
 
 
 def rows(report: Report, fault: str, sent: list[Sent]) -> None:
@@ -411,13 +416,13 @@ if __name__ == "__main__":
     parser.add_argument("what", nargs="?", default="bench", choices=["bench", "load"])
     parser.add_argument("--applications", nargs="+", choices=APPLICATIONS, default=list(APPLICATIONS))
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--seconds", type=float, default=45, help="of load, for each fault")
+    parser.add_argument("--seconds", type=float, default=45, help="of load at least, for each fault")
     for name in ("url", "rate", "out", "bodies"):
         parser.add_argument(f"--{name}", help="of load")
     arguments = parser.parse_args()
     if arguments.what == "load":
         bodies = json.loads(Path(arguments.bodies).read_text())
-        load = open_loop(arguments.url, bodies, float(arguments.rate), arguments.seconds)
+        load = open_loop(arguments.url, bodies, float(arguments.rate))
         Path(arguments.out).write_text(json.dumps([asdict(one) for one in asyncio.run(load)]))
     elif os.environ.get(MARK) is None:
         # Ray reads its environment when it is imported, and what this module imports has done that.
