@@ -1,12 +1,15 @@
 """Dialogues with the passages of a knowledge base, put before the model as `serve.grounding` puts them when it answers.
 
-What is searched for is the last question that the assistant answers. A model is so trained on what it will see: good
-passages and bad ones, and what it is told when there are none.
+For training (`ground`) what is searched for is the last question that the assistant answers. A model is so trained on
+what it will see: good passages and bad ones, and what it is told when there are none. For files that are scored
+(`tell`) it is the question that the dialogue ends with.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import Index
 from lib.retrieval.prompt import MESSAGE_TOKENS, Prompter, listed, questions_of
 from lib.retrieval.search import Hit, search
-from lib.settings import ServingSettings, Settings
+from lib.settings import GroundingSettings, ServingSettings, Settings
 from lib.tasks import UnencodableError
 
 # Questions that are embedded at a time.
@@ -68,6 +71,45 @@ def ground(rows: pa.Table, settings: Settings, ref: IndexRef) -> pa.Table:
         "passages", pa.array(passages, pa.string())
     )
     return asked.set_column(place, "messages", pa.array(told, kind))
+
+
+@dataclass(frozen=True)
+class Told:
+    """A dialogue that ends with a question, as the model is asked it."""
+
+    messages: list[dict[str, Any]]
+    sources: list[str]
+    """Of the passages, as they are numbered."""
+    answer: str | None = None
+    """What is answered without the model, where nothing was found."""
+
+
+def prompter(settings: GroundingSettings, model: Path, context: int) -> Prompter:
+    """For the chat model that lies in `model` and reads `context` tokens."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.no_truncation()
+    return Prompter(settings, tokenizer, context)
+
+
+def tell(
+    dialogues: list[list[dict[str, Any]]], settings: Settings, ref: IndexRef, prompter: Prompter
+) -> list[Told | RequestError]:
+    """Each dialogue with its passages, or why its model has no room for one; as it is where the user says nothing."""
+    told: list[Told | RequestError] = []
+    for turns, hits in zip(dialogues, _search(dialogues, settings, ref), strict=True):
+        if hits is None:
+            told.append(Told(turns, []))
+        elif not hits and prompter.settings.unknown is not None:
+            told.append(Told(turns, [], prompter.settings.unknown))
+        else:
+            try:
+                messages, chosen = prompter.told(turns, hits, settings.score.max_tokens)
+                told.append(Told(messages, [hit.source for hit in chosen]))
+            except RequestError as error:
+                told.append(error)
+    return told
 
 
 def _search(

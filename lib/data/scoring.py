@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,15 +24,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import storage, tracking
+from lib.artifacts import IndexRef
 from lib.data import blocks, sources
 from lib.data.blocks import Block, Reading
 from lib.data.readers import column_names
-from lib.errors import ConfigError, DataError
-from lib.settings import Settings
+from lib.errors import ConfigError, DataError, RequestError
+from lib.settings import ServingSettings, Settings
 from lib.tasks import Asked, Task, load_task, scores_files, served_as
 
 if TYPE_CHECKING:
     import ray.data
+
+    from lib.retrieval.prompt import Prompter
 
 # Part of every fingerprint. Raise it when the same input would give other files.
 FORMAT = 1
@@ -64,6 +67,8 @@ class Planned:
     fingerprint: str
     engine: Literal["predictor", "vllm"] = "predictor"
     """What computes the answers: the task's own predictor, or vLLM in its place."""
+    knowledge: IndexRef | None = None
+    """chat: what the answers are grounded in, as they are when it serves."""
 
     def manifest(self) -> dict[str, Any] | None:
         """What lies there already, of the same input and model.
@@ -89,7 +94,7 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
     """Look at the source and name the scores, without reading rows or starting Ray.
 
     `model` is NAME@VERSION, `digest` stands for its files. Raises ConfigError, DataError or StorageError, in one
-    line, for a source that cannot be used.
+    line, for a source that cannot be used, RegistryError for a knowledge base without an index.
     """
     wanted, task = settings.score, served_as(settings)
     if task not in scores_files():
@@ -128,11 +133,20 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
             mode="json", include={"limit", "rows_per_shard", "max_tokens", "temperature"}
         ),
     }
+    knowledge = None
+    if task == "chat" and settings.serving.knowledge is not None:
+        from lib.data.grounding import identity as grounded
+        from lib.retrieval.index import current
+
+        knowledge = replace(current(settings.serving.knowledge.index), root=storage.root())
+        unknown = settings.serving.knowledge.unknown
+        identity["knowledge"] = grounded(settings, knowledge) | {"unknown": unknown}
     fingerprint = storage.fingerprint(identity)
     folder = wanted.output or storage.join(storage.root(), "scores", settings.name, fingerprint)
     lists = load_task(task).LISTS.intersection(inputs)
     reading = Reading(tuple(files), columns, lists, wanted.rows_per_shard, wanted.limit)
-    return Planned(settings, task, model, reading, checksums, storage.uri(folder), fingerprint, engine)
+    uri = storage.uri(folder)
+    return Planned(settings, task, model, reading, checksums, uri, fingerprint, engine, knowledge)
 
 
 def _engine(settings: Settings, task: str) -> Literal["predictor", "vllm"]:
@@ -237,6 +251,66 @@ def asked_of(planned: Planned, rows: pa.Table) -> Asked:
     return load_task(planned.task).ask(inputs, planned.settings.data)
 
 
+@dataclass(frozen=True)
+class Grounded:
+    """What is asked of a block's rows, once passages were put before them."""
+
+    asked: Asked
+    said: dict[int, str]
+    """Row → what is answered without the model."""
+    sources: list[list[str]]
+    """Of each row's passages."""
+
+    def answered(self, answers: pa.Table) -> pa.Table:
+        """The model's answers, one for each row, with what was said without it, and the sources as `citations`."""
+        places = list(self.said)
+        said = {
+            "answer": list(self.said.values()),
+            "finish_reason": ["stop"] * len(places),
+            "prompt_tokens": [0] * len(places),
+            "completion_tokens": [0] * len(places),
+        }
+        both = pa.concat_tables([answers, pa.table(said).cast(answers.schema)])
+        index = np.arange(answers.num_rows)
+        index[places] = answers.num_rows + np.arange(len(places))
+        citations = pa.array(self.sources, pa.list_(pa.string()))
+        return both.take(pa.array(index)).append_column("citations", citations)
+
+
+def grounded(planned: Planned, asked: Asked, prompter: Prompter) -> Grounded:
+    """Raises nothing for a row without room for a passage, which is a bad one."""
+    from lib.data.grounding import tell
+
+    assert planned.knowledge is not None
+    inputs, bad, said = list(asked.inputs), dict(asked.bad), dict[int, str]()
+    sources: list[list[str]] = [[] for _ in inputs]
+    places = [i for i in range(len(inputs)) if i not in bad]
+    told = tell([inputs[i] for i in places], planned.settings, planned.knowledge, prompter)
+    for i, one in zip(places, told, strict=True):
+        if isinstance(one, RequestError):
+            bad[i] = str(one)
+        elif one.answer is not None:
+            said[i] = one.answer
+        else:
+            inputs[i], sources[i] = one.messages, one.sources
+    return Grounded(Asked(asked.rows, inputs, bad), said, sources)
+
+
+def context_of(serving: ServingSettings, model: Path) -> int:
+    """The most tokens that a prompt and its answer may have together, for the chat model in that folder."""
+    own = storage.read_json(str(model / "config.json"))["max_position_embeddings"]
+    return min(int(own), serving.chat.max_model_len or int(own))
+
+
+def prompter_of(serving: ServingSettings, model: Path) -> Prompter | None:
+    """What puts passages before that model's questions, where it is to."""
+    if serving.knowledge is None:
+        return None
+    from lib.data.grounding import prompter
+
+    return prompter(serving.knowledge, model, context_of(serving, model))
+
+
 def kept_of(planned: Planned, rows: pa.Table) -> dict[str, pa.Array]:
     """The columns of a block that are carried into its shard."""
     return {name: blocks.flat(rows[KEPT + name]) for name in planned.settings.score.keep}
@@ -286,6 +360,7 @@ class Scorer:
         self._planned, self._open_model, self._uri = planned, open_model, uri
         self._task: Task = load_task(planned.task)
         self._predictor: Any = None
+        self._prompter: Prompter | None = None
 
     def __call__(self, row: pa.Table) -> pa.Table:
         """A packed block → one row `counts`, JSON, of what `write_shard` gives."""
@@ -296,12 +371,20 @@ class Scorer:
         if not block.rows.num_rows:
             return pa.table({"counts": pa.array([], pa.string())})
         asked = asked_of(planned, block.rows)
-        answers, bad = self._answers(asked)
+        answers, bad = self._grounded(asked) if planned.knowledge else self._answers(asked)
         positions = block.rows[blocks.POSITION].to_numpy()
         kept = kept_of(planned, block.rows)
         counts = write_shard(planned, self._uri, shard_name(block), positions, kept, asked.rows, answers, bad)
         counts["engine"] = getattr(self._predictor, "encoder", self._predictor).name
         return pa.table({"counts": [json.dumps(counts)]})
+
+    def _grounded(self, asked: Asked) -> tuple[pa.Table, dict[int, str]]:
+        self._loaded()
+        assert self._prompter is not None
+        found = grounded(self._planned, asked, self._prompter)
+        # No row that was answered already is asked; it is not bad for that.
+        answers, bad = self._answers(replace(found.asked, bad=found.asked.bad | found.said))
+        return found.answered(answers), {i: why for i, why in bad.items() if i not in found.said}
 
     def _answers(self, asked: Asked) -> tuple[pa.Table, dict[int, str]]:
         """Answers to all rows, nulls to bad ones, and which those are: the model may refuse some more."""
@@ -327,6 +410,8 @@ class Scorer:
             larger = {"tokens_per_batch": settings.evaluation.tokens_per_batch}
             with self._open_model() as folder:
                 self._predictor = self._task.load(folder, settings.serving.model_copy(update=larger))
+                if self._planned.knowledge:
+                    self._prompter = prompter_of(settings.serving, folder)
         return self._predictor
 
 

@@ -22,7 +22,16 @@ from lib import storage
 from lib.chat_templates import load_chat_tokenizer
 from lib.data import blocks
 from lib.data.passes import packed_blocks
-from lib.data.scoring import Planned, asked_of, kept_of, shard_name, write_shard
+from lib.data.scoring import (
+    Planned,
+    asked_of,
+    context_of,
+    grounded,
+    kept_of,
+    prompter_of,
+    shard_name,
+    write_shard,
+)
 from lib.errors import DataError, RequestError
 from lib.generation import check_prompt, prompt_of
 from lib.settings import ServingSettings
@@ -105,12 +114,6 @@ def answered(planned: Planned, folder: Path, uri: str) -> ray.data.Dataset:
     )
 
 
-def context_of(serving: ServingSettings, folder: Path) -> int:
-    """The most tokens that a prompt and its answer may have together."""
-    own = storage.read_json(str(folder / "config.json"))["max_position_embeddings"]
-    return min(int(own), serving.chat.max_model_len or int(own))
-
-
 def ends_of(folder: Path) -> frozenset[int]:
     """Tokens that end an answer."""
     path = folder / "generation_config.json"
@@ -129,10 +132,16 @@ def ask_block(row: pa.Table, planned: Planned, folder: str, context: int) -> pa.
     if block.problem:
         raise DataError(block.problem)
     asked = asked_of(planned, block.rows)
+    messages, said = asked.inputs, dict[int, str]()
+    sources: list[list[str]] = [[] for _ in messages]
+    prompter = prompter_of(planned.settings.serving, Path(folder))
+    if prompter:
+        found = grounded(planned, asked, prompter)
+        asked, said, sources = found.asked, found.said, found.sources
     bad, prompts = dict(asked.bad), []
     for number, turns in enumerate(asked.inputs):
         prompt: list[int] = []
-        if number not in bad:
+        if number not in bad and number not in said:
             try:
                 prompt = prompt_of(_tokenizer(folder), turns)
                 check_prompt(prompt, context)
@@ -146,23 +155,24 @@ def ask_block(row: pa.Table, planned: Planned, folder: str, context: int) -> pa.
             "shard": pa.array([shard_name(block)] * size, pa.string()),
             "position": block.rows[blocks.POSITION],
             "kept": pa.array([json.dumps(values) for values in kept], pa.string()),
-            "messages": pa.array([json.dumps(turns) for turns in asked.inputs], pa.string()),
+            "messages": pa.array([json.dumps(turns) for turns in messages], pa.string()),
+            "sources": pa.array([json.dumps(names) for names in sources], pa.string()),
             "tokens": pa.array(prompts, pa.list_(pa.int32())),
             "problem": pa.array([bad.get(i, "") for i in range(size)], pa.string()),
-            "answer": pa.array([""] * size, pa.string()),
-            "finish_reason": pa.array([""] * size, pa.string()),
+            "answer": pa.array([said.get(i, "") for i in range(size)], pa.string()),
+            "finish_reason": pa.array(["stop" if i in said else "" for i in range(size)], pa.string()),
             "prompt_tokens": pa.array([0] * size, pa.int64()),
             "completion_tokens": pa.array([0] * size, pa.int64()),
         }
     )
 
 
-CARRIED = ("shard", "position", "kept", "messages", "problem")
+CARRIED = ("shard", "position", "kept", "messages", "sources", "problem")
 
 
 def only(rows: pa.Table, good: bool) -> pa.Table:
-    """The rows that can be asked, or, without their prompts, those that cannot."""
-    fine = pc.equal(rows["problem"], "")
+    """The rows that are to be asked, or, without their prompts, those that cannot be or are answered already."""
+    fine = pc.greater(pc.list_value_length(rows["tokens"]), 0)
     if good:
         return rows.filter(fine).drop_columns(list(ANSWERED))
     return rows.filter(pc.invert(fine)).drop_columns(["tokens"])
@@ -192,6 +202,9 @@ def write_group(rows: pa.Table, planned: Planned, uri: str) -> pa.Table:
     messages = [json.loads(text) for text in rows["messages"].to_pylist()]
     answers = {name: pc.if_else(fine, rows[name].combine_chunks(), None) for name in ANSWERED}
     answers |= {name: answers[name].cast(pa.int32()) for name in ("prompt_tokens", "completion_tokens")}
+    if planned.knowledge:
+        sources = [json.loads(text) for text in rows["sources"].to_pylist()]
+        answers["citations"] = pa.array(sources, pa.list_(pa.string()))
     counts = write_shard(
         planned,
         uri,

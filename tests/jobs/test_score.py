@@ -19,8 +19,10 @@ from lib import registry, tracking
 from lib.artifacts import ModelRef
 from lib.command import run
 from lib.settings import Settings
+from lib.settings.knowledge import INSTRUCTIONS
 from lib.tasks import sentiment
-from tests.serve.test_chat import chat_settings, crown, publish_chat
+from tests.serve.conftest import publish_index
+from tests.serve.test_chat import chat_settings, crown, greedy, publish_chat
 from tests.trained import evaluated, make_dataset, make_run, use
 
 
@@ -122,16 +124,23 @@ def test_a_model_that_is_not_there_or_of_another_task_is_one_line(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_dialogues_are_answered_by_vllm_as_by_transformers(
-    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
+    database: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tracking.client().create_registered_model("helper")
-    crown(publish_chat(1))
-    asked = ["my phone does not ring", "it is soft", "x" * 400, "where is it?", ""]
-    rows = [{"question": text, "id": i} for i, text in enumerate(asked)]
+    ref = publish_chat(1)
+    crown(ref)
+    asked = ["my phone does not ring", "my car does not start", "my phone does not ring", "where is it?", ""]
+    publish_index(tiny_base, {"Phones": asked[0], "Cars": asked[1]}, "a")
+    knowledge = {"index": "shop", "threshold": 0.999, "unknown": "I do not know.", "answer_tokens": 8}
+    dialogues = [[{"role": "user", "content": text}] for text in asked]
+    dialogues[2].insert(0, {"role": "system", "content": "x" * 400})
+    rows = [{"messages": turns, "id": i} for i, turns in enumerate(dialogues)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = tmp_path / "chat.yaml"
-    config.write_text(yaml.safe_dump(chat_settings().model_dump(mode="json", exclude_defaults=True)))
+    config.write_text(
+        yaml.safe_dump(chat_settings(knowledge=knowledge).model_dump(mode="json", exclude_defaults=True))
+    )
     words = [
         "--config",
         str(config),
@@ -161,7 +170,11 @@ def test_dialogues_are_answered_by_vllm_as_by_transformers(
             found[engine] = sorted(pq.read_table(out).to_pylist(), key=lambda row: row["row"])
     assert found["vllm"] == found["transformers"]
     assert [row["number"] for row in found["vllm"]] == ["0", "1", "2", "3", "4"]
-    assert "shorten them" in found["vllm"][2]["problem"]
+    assert "tokens for passages of the knowledge base" in found["vllm"][2]["problem"]
     assert "asks nothing" in found["vllm"][4]["problem"]
-    assert found["vllm"][0]["answer"]
+    told = {"role": "system", "content": f"{INSTRUCTIONS}\n\n[1] Phones\n{asked[0]}"}
+    assert found["vllm"][0]["answer"] == greedy(ref, 8, told)
+    assert found["vllm"][0]["messages"] == dialogues[0], "as the source has it"
+    assert [row["citations"] for row in found["vllm"]] == [["Phones.md"], ["Cars.md"], [], [], []]
+    assert (found["vllm"][3]["answer"], found["vllm"][3]["prompt_tokens"]) == ("I do not know.", 0)
     assert engines() <= before
