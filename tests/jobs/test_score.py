@@ -19,7 +19,6 @@ from lib import registry, tracking
 from lib.artifacts import ModelRef
 from lib.command import run
 from lib.settings import Settings
-from lib.settings.knowledge import INSTRUCTIONS
 from lib.tasks import sentiment
 from tests.serve.conftest import publish_index
 from tests.serve.test_chat import chat_settings, crown, greedy, publish_chat
@@ -132,7 +131,7 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     crown(ref)
     asked = ["my phone does not ring", "my car does not start", "my phone does not ring", "where is it?", ""]
     publish_index(tiny_base, {"Phones": asked[0], "Cars": asked[1]}, "a")
-    knowledge = {"index": "shop", "threshold": 0.999, "unknown": "I do not know.", "answer_tokens": 8}
+    knowledge = {"index": "shop", "threshold": 0.999, "instructions": "Read.", "unknown": "I do not know."}
     dialogues = [[{"role": "user", "content": text}] for text in asked]
     dialogues[2].insert(0, {"role": "system", "content": "x" * 400})
     rows = [{"messages": turns, "id": i} for i, turns in enumerate(dialogues)]
@@ -172,7 +171,7 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     assert [row["number"] for row in found["vllm"]] == ["0", "1", "2", "3", "4"]
     assert "tokens for passages of the knowledge base" in found["vllm"][2]["problem"]
     assert "asks nothing" in found["vllm"][4]["problem"]
-    told = {"role": "system", "content": f"{INSTRUCTIONS}\n\n[1] Phones\n{asked[0]}"}
+    told = {"role": "system", "content": f"Read.\n\n[1] Phones\n{asked[0]}"}
     assert found["vllm"][0]["answer"] == greedy(ref, 8, told)
     assert found["vllm"][0]["messages"] == dialogues[0], "as the source has it"
     assert [row["citations"] for row in found["vllm"]] == [["Phones.md"], ["Cars.md"], [], [], []]
