@@ -170,7 +170,7 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     assert found["vllm"] == found["transformers"]
     assert [row["number"] for row in found["vllm"]] == ["0", "1", "2", "3", "4"]
     assert "tokens for passages of the knowledge base" in found["vllm"][2]["problem"]
-    assert "asks nothing" in found["vllm"][4]["problem"]
+    assert "has no text" in found["vllm"][4]["problem"]
     told = {"role": "system", "content": f"Read.\n\n[1] Phones\n{asked[0]}"}
     assert found["vllm"][0]["answer"] == greedy(ref, 8, told)
     assert found["vllm"][0]["messages"] == dialogues[0], "as the source has it"
