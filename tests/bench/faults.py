@@ -58,6 +58,7 @@ AWAY_S = 30.0
 SHARE = 0.7
 RETRIES = 2
 MARK = "WHORL_BENCH_FAULTS"
+BEGAN = "the first request is sent"
 AGAIN = (408, 429, 500, 502, 503, 504)
 
 
@@ -171,6 +172,7 @@ async def open_loop(url: str, bodies: list[dict[str, Any]], rate: float) -> list
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
     async with httpx.AsyncClient(headers=headers, timeout=90, limits=limits) as client:
+        print(BEGAN, flush=True)
         began, asked = time.perf_counter(), list[asyncio.Task[Sent]]()
         while not ended.done():
             await asyncio.sleep(max(0.0, began + len(asked) / rate - time.perf_counter()))
@@ -331,16 +333,20 @@ def put(two: Two, fault: str, rate: float, seconds: float) -> list[Sent]:
         bodies.write_text(json.dumps(two.application.bodies()))
         command = [sys.executable, "-m", "tests.bench.faults", "load", "--url", two.url, "--rate", str(rate)]
         command += ["--out", str(out), "--bodies", str(bodies)]
-        began = time.monotonic()
-        process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
+            while process.stdout.readline().strip() != BEGAN:  # its imports take 10 s
+                if process.poll() is not None:
+                    sys.exit("the client failed")
+            began = time.monotonic()
             time.sleep(seconds / 3)
             happens: Callable[[float], None] = getattr(two, fault)
             happens(AWAY_S if fault == "database" else seconds / 3)
             two.wait()
             time.sleep(max(5.0, began + seconds - time.monotonic()))
         finally:
-            assert process.stdin is not None
             process.stdin.close()
             failed = process.wait(timeout=300)
         if failed:
