@@ -375,6 +375,7 @@ def application(args: Arguments) -> ray_serve.Application:
         Chat,
         name="Chat",
         num_replicas=ingresses(serving),
+        graceful_shutdown_timeout_s=serving.drain_timeout_s,
         max_ongoing_requests=UNBOUNDED,
         logging_config=logs.config(serving.logs),
     )

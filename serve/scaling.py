@@ -37,8 +37,9 @@ class ByTokens:
 
 def size(serving: "ServingSettings", target_tokens: int | None = None) -> dict[str, Any]:
     """Options of a deployment."""
+    options: dict[str, Any] = {"graceful_shutdown_timeout_s": serving.drain_timeout_s}
     if serving.min_replicas == serving.max_replicas:
-        return {"num_replicas": serving.max_replicas}
+        return options | {"num_replicas": serving.max_replicas}
     found: dict[str, Any] = {
         "min_replicas": serving.min_replicas,
         "max_replicas": serving.max_replicas,
@@ -52,7 +53,7 @@ def size(serving: "ServingSettings", target_tokens: int | None = None) -> dict[s
             "policy_function": "serve.scaling:ByTokens",
             "policy_kwargs": {"target": target_tokens},
         }
-    return {"autoscaling_config": found}
+    return options | {"autoscaling_config": found}
 
 
 def ingresses(serving: "ServingSettings") -> int:

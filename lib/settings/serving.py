@@ -153,6 +153,8 @@ class ServingSettings(Section):
     request_timeout_s: Annotated[float, Field(gt=0)] = 30
     """How long a body may take to arrive (408), and then its answer (504); of a stream, until its first part and
     between two."""
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 120
+    """How long a replica that is replaced, or needed no more, may go on with what it has in hand before it is killed."""
     start_timeout_s: Annotated[float, Field(gt=0)] = 600
     """How long a deployment may take until it answers."""
     max_inputs: Positive = 256

@@ -56,7 +56,8 @@ def test_a_replica_for_so_many_tokens(tokens: list[float], requests: int, queued
 
 
 def test_a_fixed_number_is_not_scaled() -> None:
-    assert size(make_settings(min_replicas=2, max_replicas=2).serving) == {"num_replicas": 2}
+    fixed = make_settings(min_replicas=2, max_replicas=2, drain_timeout_s=9).serving
+    assert size(fixed) == {"num_replicas": 2, "graceful_shutdown_timeout_s": 9}
     found = size(make_settings(max_replicas=3, downscale_delay_s=7).serving)["autoscaling_config"]
     assert (found["min_replicas"], found["max_replicas"], found["downscale_delay_s"]) == (1, 3, 7)
     assert "policy" not in found
