@@ -5,7 +5,8 @@
 Two Ray nodes on this machine, each with a replica. `sentiment` is the champion of `make demo`, or one trained for `make
 bench-serving`; `chat` is SmolLM2-135M-Instruct on vLLM, grounded in the help pages of jobs/knowledge, 16 tokens an answer.
 Requests come at 70% of what was measured as capacity, whether or not earlier ones were answered, each under a request id
-of its own; a client tries again as OpenAI's does (twice, after 0.5 s and 1 s, on a lost connection, 408, 429 or 5xx).
+of its own; a client waits and tries again as OpenAI's does (ten minutes; twice, after 0.5 s and 1 s, on a lost
+connection, 408, 429 or 5xx).
 They come until the fault is over and both replicas are up again. After a third of the least time:
 
     replica     a replica's process is killed
@@ -107,7 +108,7 @@ class ChatApplication(Application):
     clients = 4
     cpus = 3
     words = (
-        "--serving.route_prefix", "/", "--serving.threads", "1", "--serving.request_timeout_s", "60",
+        "--serving.route_prefix", "/", "--serving.threads", "1", "--serving.request_timeout_s", "120",
         "--serving.chat.dtype", "bfloat16" if tracking.cpu_precision() == "bf16" else "float32",
     )  # fmt: skip
 
@@ -171,7 +172,7 @@ async def open_loop(url: str, bodies: list[dict[str, Any]], rate: float) -> list
     headers = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}
     limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
-    async with httpx.AsyncClient(headers=headers, timeout=90, limits=limits) as client:
+    async with httpx.AsyncClient(headers=headers, timeout=600, limits=limits) as client:
         print(BEGAN, flush=True)
         began, asked = time.perf_counter(), list[asyncio.Task[Sent]]()
         while not ended.done():
@@ -186,7 +187,7 @@ async def closed_loop(url: str, bodies: list[dict[str, Any]], seconds: float, cl
 
     headers, answered = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}, 0
     until = time.perf_counter() + seconds
-    async with httpx.AsyncClient(headers=headers, timeout=90) as client:
+    async with httpx.AsyncClient(headers=headers, timeout=600) as client:
 
         async def ask(first: int) -> None:
             nonlocal answered
@@ -305,7 +306,7 @@ async def cited(url: str, body: dict[str, Any]) -> list[str]:
     """The sources of an answer."""
     import httpx
 
-    async with httpx.AsyncClient(timeout=90) as client:
+    async with httpx.AsyncClient(timeout=600) as client:
         headers = {"authorization": f"Bearer {os.environ['BENCH_KEY']}"}
         answer = await client.post(url, json=body, headers=headers)
         return [one["source"] for one in answer.raise_for_status().json()["citations"]]
