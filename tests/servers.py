@@ -11,7 +11,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 
 NOBODY = 65534
 

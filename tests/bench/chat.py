@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import keys, storage, tracking
 from lib.artifacts import ModelRef, TaskFile
 from lib.base_models import base_directory

@@ -42,7 +42,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import keys, registry, storage, tracking
 from lib.artifacts import ModelRef
 from lib.settings import Settings, load_settings

@@ -26,7 +26,9 @@ from typing import Any
 
 import psutil
 
-from cluster.local import environment, free_port, ingress_ports
+from cluster import ingress
+from cluster.ingress import free_port
+from cluster.local import environment
 from lib import keys, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.registry import VERSION_FILE
@@ -175,7 +177,7 @@ def main() -> None:
     from tests.conftest import make_tiny_base  # which forgets where this user's own models lie
 
     # Ray Serve reads these when it is imported.
-    os.environ |= environment() | ingress_ports() | {"RAY_AUTH_MODE": "disabled"}
+    os.environ |= environment() | ingress.ports() | {"RAY_AUTH_MODE": "disabled"}
     report, places = Report("fuzz"), {name: os.environ[name] for name in ("WHORL_STORAGE", "WHORL_DATABASE")}
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder)

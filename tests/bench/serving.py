@@ -27,7 +27,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from cluster.local import environment, free_port, ingress_ports
+from cluster import ingress
+from cluster.ingress import free_port
+from cluster.local import environment
 from lib import keys, registry, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.engines import load_encoder
@@ -266,7 +268,7 @@ def main(seconds: float) -> None:
 
 def ray_environment() -> dict[str, str]:
     """What `cluster.local up` sets, with ports that a cluster which is up does not have."""
-    return {**environment(), **ingress_ports(), "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
+    return {**environment(), **ingress.ports(), "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1"}
 
 
 def rows(report: Report, clients: int, ours: Measured, rival: dict[str, Measured]) -> None:

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from cluster.haproxy import ask
-from cluster.local import free_port, haproxy
+from cluster.ingress import environment, free_port
 
 SCRIPT = Path("cluster/haproxy.py").resolve()
 CONFIG = """global
@@ -52,8 +52,8 @@ class Ingress:
     def start(self, *more: str, says: str = "one") -> psutil.Popen:
         self.config.write_text(CONFIG.format(socket=self.socket, port=self.port, says=says))
         words = [str(SCRIPT), "-db", "-f", str(self.config), "-dR", *more]
-        environment = {**os.environ, **haproxy()}
-        process = psutil.Popen(words, env=environment, stderr=(self.folder / "stderr").open("ab"))
+        given = {**os.environ, **environment()}
+        process = psutil.Popen(words, env=given, stderr=(self.folder / "stderr").open("ab"))
         self.processes.append(process)
         return process
 
@@ -165,10 +165,10 @@ def test_a_configuration_that_haproxy_refuses_is_told_as_haproxy_tells_it(ingres
 
 
 def test_what_is_not_to_be_kept_up_is_haproxy_itself() -> None:
-    environment = {**os.environ, **haproxy()}
-    shown = subprocess.run([SCRIPT, "-v"], env=environment, capture_output=True, text=True, check=True)
+    given = {**os.environ, **environment()}
+    shown = subprocess.run([SCRIPT, "-v"], env=given, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("HAProxy version")
-    del environment["WHORL_HAPROXY"]
-    refused = subprocess.run([SCRIPT, "-v"], env=environment, capture_output=True, text=True)
+    del given["WHORL_HAPROXY"]
+    refused = subprocess.run([SCRIPT, "-v"], env=given, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "WHORL_HAPROXY must name HAProxy's binary" in refused.stderr

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

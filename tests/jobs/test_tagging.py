@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from jobs.evaluate import evaluate
 from jobs.finetune import finetune
 from jobs.preprocess import preprocess

@@ -17,7 +17,7 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import select, update
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import database
 from lib.errors import ConfigError
 from lib.opinions import watch, webhooks

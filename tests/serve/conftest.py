@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import keys, storage
 from lib.artifacts import IndexRef, ModelRef, TaskFile
 from lib.registry import VERSION_FILE

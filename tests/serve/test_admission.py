@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib.settings import ServingSettings
 
 pytestmark = pytest.mark.ray

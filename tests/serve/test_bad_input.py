@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from tests.bench.fuzz import fuzz
 from tests.serve.conftest import Endpoint, key, make_settings
 

@@ -21,7 +21,7 @@ import openai
 import psutil
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import events, keys, registry, storage, tracking
 from lib.artifacts import ADAPTER_FOLDER, ModelRef, TaskFile
 from lib.errors import ModelError, RegistryError

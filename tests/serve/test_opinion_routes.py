@@ -13,7 +13,7 @@ from urllib.parse import quote
 import pytest
 import uvicorn
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib.artifacts import ModelRef
 from lib.settings import MonitoringSettings, ServingSettings
 from lib.storage import local_copy

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 
-from cluster.local import free_port
+from cluster.ingress import free_port
 from lib import events, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.errors import ConfigError, ModelError
