@@ -12,6 +12,7 @@ themselves are compared with transformers in fp32, and the engines with each oth
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -30,7 +31,7 @@ import pyarrow.parquet as pq
 from cluster import ingress
 from cluster.ingress import free_port
 from cluster.local import environment
-from lib import keys, registry, storage
+from lib import keys, registry, storage, tracking
 from lib.artifacts import ModelRef, TaskFile
 from lib.engines import load_encoder
 from lib.errors import RegistryError
@@ -201,12 +202,9 @@ def compare_engines(report: Report, texts: list[str], folder: Path) -> None:
     tokenizer = sentiment.load_tokenizer(folder, TaskFile.read(folder).max_length)
     rows, _ = sentiment.tokenize(tokenizer, texts)
     first: tuple[float, float] | None = None
-    for engine, precision in (
-        ("torch", "fp32"),
-        ("torch", "bf16"),
-        ("openvino", "fp32"),
-        ("openvino", "bf16"),
-    ):
+    # Where a processor has no bf16, it takes minutes.
+    precisions = list(dict.fromkeys(["fp32", tracking.cpu_precision()]))
+    for engine, precision in itertools.product(("torch", "openvino"), precisions):
         encoder = load_encoder(
             folder, ServingSettings.model_validate({"engine": engine, "precision": precision})
         )
