@@ -25,12 +25,21 @@ NOT_RECORDED = ("/v1/feedback", "/v1/models")
 Words = Annotated[str, Field(min_length=1, max_length=20_000)]
 
 
+SAYS_SOMETHING = {"rating": "number", "label": "string", "correction": "string", "preferred": "string"}
+
+
 class FeedbackRequest(BaseModel):
     """What a user said of an answer: at least one of rating, label, correction and preferred."""
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"examples": [{"request_id": "4f1c2d5e", "rating": -1, "label": "negative"}]},
+        json_schema_extra={
+            "anyOf": [
+                {"required": [name], "properties": {name: {"type": kind}}}
+                for name, kind in SAYS_SOMETHING.items()
+            ],
+            "examples": [{"request_id": "4f1c2d5e", "rating": -1, "label": "negative"}],
+        },
     )
     request_id: Annotated[str, Field(min_length=1, max_length=128)]
     rating: Annotated[float, Field(ge=-1, le=1)] | None = None
@@ -46,7 +55,7 @@ class FeedbackRequest(BaseModel):
     @model_validator(mode="after")
     def _says_something(self) -> "FeedbackRequest":
         if self.rating is None and not (self.label or self.correction or self.preferred):
-            raise ValueError("give at least one of rating, label, correction, preferred")
+            raise ValueError(f"give at least one of {', '.join(SAYS_SOMETHING)}")
         return self
 
 
