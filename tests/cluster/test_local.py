@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,8 +126,15 @@ def test_up_is_idempotent_and_status_tells(copy: Copy) -> None:
     assert f"127.0.0.1:{copy.ports['--port']}, 8 logical CPUs" in status.stdout
     metrics = re.search(r"metrics +(http://\S+)", status.stdout)
     assert metrics
+
+    def told() -> bytes:
+        with suppress(OSError):  # its agent may be busy
+            found: bytes = urllib.request.urlopen(metrics[1], timeout=10).read()
+            return found
+        return b""
+
     deadline = time.monotonic() + 60
-    while b"ray_node_cpu_count{" not in urllib.request.urlopen(metrics[1], timeout=10).read():
+    while b"ray_node_cpu_count{" not in told():
         assert time.monotonic() < deadline
         time.sleep(1)
 
