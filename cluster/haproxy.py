@@ -32,6 +32,7 @@ FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
 ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
 PR_SET_PDEATHSIG = 1
+LIBC = ctypes.CDLL(None)  # before there are threads, whose locks a fork would keep
 # One that dies as often as that is left to Serve, which says so in its log.
 DEATHS, WITHIN_S = 5, 10.0
 
@@ -84,7 +85,7 @@ def own_socket(path: str) -> str:
 
 
 def dies_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 class Supervisor:
