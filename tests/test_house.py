@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 FILES = [Path(f) for f in subprocess.run(["git", "ls-files"], capture_output=True, text=True).stdout.split()]
 TEXTS = [f for f in FILES if f.is_file() and f.suffix in {".py", ".md", ".toml", ".yaml", ".lock", ""}]
@@ -46,6 +47,20 @@ def test_lock_holds_every_requirement_and_is_what_is_installed() -> None:
         name = canonical(re.split(r"[\[<>=]", requirement)[0])
         assert name in names, f"{name} is not in requirements.lock; make lock"
         assert version(name).split("+")[0] == names[name]
+
+
+def test_the_lock_suits_the_oldest_python_too() -> None:
+    """It is made on one Python 3.11, and some libraries want something more on an earlier one."""
+    oldest = {"python_full_version": "3.11.0", "python_version": "3.11", "extra": ""}
+    lines = Path("requirements.lock").read_text().splitlines()
+    names = {canonical(line.partition("==")[0]) for line in lines if not line.startswith("#")}
+    wanted = {
+        canonical(requirement.name): found.name
+        for found in distributions()
+        for requirement in map(Requirement, found.requires or [])
+        if requirement.marker and "python" in str(requirement.marker) and requirement.marker.evaluate(oldest)
+    }
+    assert {name: by for name, by in wanted.items() if name not in names} == {}
 
 
 def test_readme_commands_exist() -> None:
