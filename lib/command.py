@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import textwrap
 from collections.abc import Callable
@@ -110,11 +111,19 @@ def connect() -> None:
     if address.startswith("http"):  # the jobs API's address, as `ray job submit` wants it
         address = cluster.get("address") or "auto"
     try:
+        _knock(address)
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
             f"no Ray cluster answers at {address}; python -m cluster.local up starts one ({error})"
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raises OSError when nobody listens at HOST:PORT: Ray would go on trying for ten minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def joins_this_machine() -> bool:

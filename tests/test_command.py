@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cluster.ingress import free_port
 from lib.command import run, split_arguments
 from lib.errors import ConfigError, GateError
 from lib.settings import Settings
@@ -68,3 +69,12 @@ def test_exit_code_of_an_error_and_of_a_bug(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "error: not good enough\n"
     with pytest.raises(KeyError):
         run(bug, words)
+
+
+def test_a_cluster_that_is_gone_is_told_at_once() -> None:
+    gone = f"127.0.0.1:{free_port()}"
+    done = subprocess.run(
+        [sys.executable, "-c", "from lib.command import connect; connect()"],
+        env={**os.environ, "RAY_ADDRESS": gone}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"no Ray cluster answers at {gone}; python -m cluster.local up starts one" in done.stderr
