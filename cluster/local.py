@@ -161,8 +161,6 @@ def _head_command(arguments: argparse.Namespace, folder: Path, agent: int) -> li
         # Its default is one fixed port, which a second Ray on this machine would hold.
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
         f"--metrics-export-port={arguments.metrics_port}",
-        # Nobody comes by ray://, and a head whose server for them starts too slowly ends.
-        "--ray-client-server-port=0",
     ]  # fmt: skip
 
 
