@@ -28,8 +28,8 @@ from lib.artifacts import IndexRef
 from lib.data import blocks, sources
 from lib.data.blocks import Block, Reading
 from lib.data.readers import column_names
-from lib.errors import ConfigError, DataError, RequestError
-from lib.settings import ServingSettings, Settings
+from lib.errors import ConfigError, DataError
+from lib.settings import Settings
 from lib.tasks import Asked, Task, load_task, scores_files, served_as
 
 if TYPE_CHECKING:
@@ -251,66 +251,6 @@ def asked_of(planned: Planned, rows: pa.Table) -> Asked:
     return load_task(planned.task).ask(inputs, planned.settings.data)
 
 
-@dataclass(frozen=True)
-class Grounded:
-    """What is asked of a block's rows, once passages were put before them."""
-
-    asked: Asked
-    said: dict[int, str]
-    """Row → what is answered without the model."""
-    sources: list[list[str]]
-    """Of each row's passages."""
-
-    def answered(self, answers: pa.Table) -> pa.Table:
-        """The model's answers, one for each row, with what was said without it, and the sources as `citations`."""
-        places = list(self.said)
-        said = {
-            "answer": list(self.said.values()),
-            "finish_reason": ["stop"] * len(places),
-            "prompt_tokens": [0] * len(places),
-            "completion_tokens": [0] * len(places),
-        }
-        both = pa.concat_tables([answers, pa.table(said).cast(answers.schema)])
-        index = np.arange(answers.num_rows)
-        index[places] = answers.num_rows + np.arange(len(places))
-        citations = pa.array(self.sources, pa.list_(pa.string()))
-        return both.take(pa.array(index)).append_column("citations", citations)
-
-
-def grounded(planned: Planned, asked: Asked, prompter: Prompter) -> Grounded:
-    """Raises nothing for a row without room for a passage, which is a bad one."""
-    from lib.data.grounding import tell
-
-    assert planned.knowledge is not None
-    inputs, bad, said = list(asked.inputs), dict(asked.bad), dict[int, str]()
-    sources: list[list[str]] = [[] for _ in inputs]
-    places = [i for i in range(len(inputs)) if i not in bad]
-    told = tell([inputs[i] for i in places], planned.settings, planned.knowledge, prompter)
-    for i, one in zip(places, told, strict=True):
-        if isinstance(one, RequestError):
-            bad[i] = str(one)
-        elif one.answer is not None:
-            said[i] = one.answer
-        else:
-            inputs[i], sources[i] = one.messages, one.sources
-    return Grounded(Asked(asked.rows, inputs, bad), said, sources)
-
-
-def context_of(serving: ServingSettings, model: Path) -> int:
-    """The most tokens that a prompt and its answer may have together, for the chat model in that folder."""
-    own = storage.read_json(str(model / "config.json"))["max_position_embeddings"]
-    return min(int(own), serving.chat.max_model_len or int(own))
-
-
-def prompter_of(serving: ServingSettings, model: Path) -> Prompter | None:
-    """What puts passages before that model's questions, where it is to."""
-    if serving.knowledge is None:
-        return None
-    from lib.data.grounding import prompter
-
-    return prompter(serving.knowledge, model, context_of(serving, model))
-
-
 def kept_of(planned: Planned, rows: pa.Table) -> dict[str, pa.Array]:
     """The columns of a block that are carried into its shard."""
     return {name: blocks.flat(rows[KEPT + name]) for name in planned.settings.score.keep}
@@ -381,6 +321,8 @@ class Scorer:
     def _grounded(self, asked: Asked) -> tuple[pa.Table, dict[int, str]]:
         self._loaded()
         assert self._prompter is not None
+        from lib.data.scoring_grounded import grounded
+
         found = grounded(self._planned, asked, self._prompter)
         # No row that was answered already is asked; it is not bad for that.
         answers, bad = self._answers(replace(found.asked, bad=found.asked.bad | found.said))
@@ -411,6 +353,8 @@ class Scorer:
             with self._open_model() as folder:
                 self._predictor = self._task.load(folder, settings.serving.model_copy(update=larger))
                 if self._planned.knowledge:
+                    from lib.data.scoring_grounded import prompter_of
+
                     self._prompter = prompter_of(settings.serving, folder)
         return self._predictor
 
