@@ -16,7 +16,7 @@ def environment() -> dict[str, str]:
         **_haproxy(),
         # Its log files have it all; on stderr, a line for each request would reach every driver.
         "RAY_SERVE_LOG_TO_STDERR": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.headers:middlewares",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.ingress:middlewares",
         # A client that sends nothing for so long is let go: an hour, by default. Whoever waits for an answer is not.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # What a killed replica had in hand is asked of another one, where no byte of an answer was sent: all of our

@@ -107,12 +107,13 @@ def search(settings: Settings, dataset: DatasetRef, run: tracking.Run) -> Found:
                 name="search", storage_path=run.ref.uri, verbose=0, callbacks=[population.Results()]
             ),
         )
+    results: Any = ()
     try:
         results = tuner.fit()
     finally:
         # Workers of a trial that was just ended may still write checkpoints.
         cleaner.wait_until_freed()
-        _end_children(run)
+        _end_children(run, results)
     found = _found(results, settings, lower)
     if found.best.score is None:
         raise ConfigError(
@@ -225,7 +226,7 @@ def _found(results: Any, settings: Settings, lower: bool) -> Found:
                 values=_values(best, result.config) if best else dict(result.config or {}),
                 score=float(best[metric]) if best else None,
                 validations=len(rows),
-                id=str((result.metrics or {}).get("trial_id", "")),
+                id=_trial_id(result),
                 error=str(told or result.error) if result.error else None,
                 schedule=_schedule(rows, result.config),
             )
@@ -233,6 +234,10 @@ def _found(results: Any, settings: Settings, lower: bool) -> Found:
     sign = 1 if lower else -1
     trials.sort(key=lambda t: (t.score is None, sign * (t.score or 0.0), t.number))
     return Found(trials, metric, lower)
+
+
+def _trial_id(result: Any) -> str:
+    return str((result.metrics or {}).get("trial_id", ""))
 
 
 def _validations(result: Any, metric: str) -> list[dict[str, Any]]:
@@ -260,11 +265,17 @@ def _schedule(rows: list[dict[str, Any]], last: dict[str, Any]) -> tuple[tuple[i
     return tuple(changes) if len(changes) > 1 else ()
 
 
-def _end_children(run: tracking.Run) -> None:
+def _end_children(run: tracking.Run, results: Any) -> None:
     """Close the runs of trials that the scheduler ended, and delete all trials' checkpoints."""
+    # A trial that is ended may see its workers die before its own process does, and take that for a failure.
+    unfailed = {_trial_id(result) for result in results if not result.error}
     for child in tracking.children(run.ref.id, run.ref.name):
-        if child.status() == "RUNNING":
+        status, tags = child.status(), child.tags()
+        if status == "RUNNING" or (status == "FAILED" and tags.get("trial") in unfailed):
             child.client.set_terminated(child.ref.id, status="KILLED")
             child.tag(ended="by the scheduler, or with the search")
-        if child.status() in ("FINISHED", "KILLED"):
+            if "error" in tags:
+                child.client.delete_tag(child.ref.id, "error")
+            status = "KILLED"
+        if status in ("FINISHED", "KILLED"):
             storage.remove(RunRef(child.ref.id, child.ref.name).checkpoints_uri)

@@ -168,7 +168,8 @@ def test_a_killed_haproxy_is_there_again_without_serve(url: str) -> None:
     assert [process.name() for process in supervisor.children()] == ["haproxy"]
 
 
-def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str) -> None:
+@pytest.mark.parametrize("ingress", ["HAProxy", "Serve's proxy"])
+def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress: str) -> None:
     from ray import serve as ray_serve
     from ray.serve.context import _get_global_client
 
@@ -181,6 +182,8 @@ def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str) -> None
     first = set(replicas())
     ray_serve.run(Slow.options(num_replicas=2).bind(ServingSettings()), name="slow", route_prefix="/")
     until(lambda: list(replicas().values()) == ["RUNNING"] * 2 and not first & set(replicas()))
+    if ingress != "HAProxy":  # what HAProxy falls back on
+        url = f"http://127.0.0.1:{os.environ['RAY_SERVE_FALLBACK_PROXY_HTTP_PORT']}"
     until(lambda: len({httpx.get(f"{url}/state").json()["pid"] for _ in range(8)}) == 2)
     under_way = [asked(url, 1500) for _ in range(6)]
     time.sleep(0.5)
