@@ -177,7 +177,7 @@ def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress
 
     def replicas() -> dict[int, str]:
         found = _get_global_client().get_serve_details()["applications"]["slow"]["deployments"]["Slow"]
-        return {replica["pid"]: replica["state"] for replica in found["replicas"]}
+        return {replica.get("pid", 0): replica["state"] for replica in found["replicas"]}
 
     first = set(replicas())
     ray_serve.run(Slow.options(num_replicas=2).bind(ServingSettings()), name="slow", route_prefix="/")
