@@ -103,6 +103,7 @@ def build_engine(settings: Settings, universal: bool = False) -> Any:
     """A DeepSpeed engine around the base model, what is not trained frozen; the same on every rank."""
     training, base = settings.training, base_directory(settings.model.base)
     torch.manual_seed(training.seed)
+    zero.build_offload(training)
     with zero.divided(training):
         model = trainable.prepare(load_task(settings.task).build(base, settings), base, training)
     if not torch.cuda.is_available():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import subprocess
@@ -95,6 +96,28 @@ def check_offload(training: TrainingSettings) -> None:
         )
 
 
+def build_offload(training: TrainingSettings) -> None:
+    """Compile what `check_offload` asks about, once on each machine: some minutes.
+
+    One worker of a machine at a time. A build that was killed leaves PyTorch's lock, for which every later one
+    would wait without end: whoever holds ours, which ends with its process, knows that nobody holds that one.
+    """
+    if training.offload_path is None:
+        return
+    from deepspeed.ops.op_builder import AsyncIOBuilder, PinMemoryBuilder
+    from torch.utils.cpp_extension import _get_build_directory
+
+    check_offload(training)
+    for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
+        folder = Path(_get_build_directory(builder.name, verbose=False))
+        with open(folder.with_suffix(".whorl-lock"), "w") as ours:
+            fcntl.flock(ours, fcntl.LOCK_EX)
+            (folder / "lock").unlink(missing_ok=True)
+            if not list(folder.glob("*.so")):
+                print(f"compiling DeepSpeed's {builder.name} for this machine, once: this takes minutes", flush=True)
+            builder.load(verbose=False)
+
+
 def _distributed() -> None:
     """DeepSpeed's communication, on the process group that there is."""
     import deepspeed
@@ -151,7 +174,6 @@ def initialize(
     """
     import deepspeed
 
-    check_offload(training)
     _distributed()
     groups = trainable.groups(model, base, training)
     optimizer = torch.optim.AdamW(groups, lr=training.learning_rate, fused=True)
