@@ -260,8 +260,10 @@ class Chat(OpenAiIngress):
 
 
 def check_amounts(body: Any) -> None:
-    """Raises RequestError for what would keep an engine busy with one request: each answer of `n` is a sequence of
-    its own."""
+    """Raises RequestError for what would keep an engine busy with one request, each answer of `n` being a sequence of
+    its own, and for a conversation without a message, of which vLLM would log a traceback."""
+    if getattr(body, "messages", None) == []:
+        raise RequestError("messages is empty; send at least one", param="messages", code="no_messages")
     answers = getattr(body, "n", None) or 1
     if answers > MOST_ANSWERS:
         raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")

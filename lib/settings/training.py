@@ -151,6 +151,8 @@ class TrainingSettings(Section):
             raise ValueError(f"offload all needs zero_stage 3, not {self.zero_stage}")
         if self.offload_path and (self.offload == "none" or self.zero_stage != 3):
             raise ValueError("offload_path needs zero_stage 3 and offload optimizer or all")
+        if self.offload_path and not isinstance(self.workers, int):
+            raise ValueError("offload_path needs a fixed number of workers")
         return self
 
     @property

@@ -35,6 +35,7 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from lib import storage
 from lib.artifacts import RunRef
 from lib.errors import StorageError, unwrap
+from lib.training import disk
 
 ENGINE = "engine"
 STATE = "loop.json"
@@ -272,12 +273,13 @@ def save(engine: Any, state: State, own: Own, rank: int, metrics: dict[str, floa
 
 def write_engine(engine: Any, folder: Path, step: int) -> None:
     """This worker's part of the weights and the optimiser; collective. What is frozen is in the base model."""
-    engine.save_checkpoint(
-        str(folder),
-        tag=ENGINE,
-        client_state={"step": step},
-        exclude_frozen_parameters=is_partial(engine.module),
-    )
+    with disk.whole(engine):
+        engine.save_checkpoint(
+            str(folder),
+            tag=ENGINE,
+            client_state={"step": step},
+            exclude_frozen_parameters=is_partial(engine.module),
+        )
 
 
 def is_partial(model: Any) -> bool:

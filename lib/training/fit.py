@@ -34,7 +34,7 @@ from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
 from lib.settings import Settings
 from lib.tasks import load_task, packs
-from lib.training import checkpoints, loop, overrides, reference, trainable, windows, zero
+from lib.training import checkpoints, disk, loop, overrides, reference, trainable, windows
 from lib.training.dropout import plain_attention
 from lib.training.restore import restore
 from lib.training.trainer import Trainer
@@ -84,7 +84,7 @@ def train(
     base = base_directory(settings.model.base)
     settings = overrides.resolve(settings)
     trainable.check(base, settings.training)
-    zero.check_offload(settings.training)
+    disk.check(settings.training)
     check_resources(settings)
     if manifest["splits"]["train"]["rows"] < settings.training.most_workers:
         raise DataError(

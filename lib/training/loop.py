@@ -29,7 +29,7 @@ from lib.direction import gain
 from lib.errors import ConfigError
 from lib.settings import Settings, TrainingSettings
 from lib.tasks import Task, deciding_metric, load_task, packs
-from lib.training import batches, checkpoints, trainable, windows, zero
+from lib.training import batches, checkpoints, disk, trainable, windows, zero
 from lib.training.checkpoints import Own, State
 from lib.training.dropout import use_fast_dropout
 from lib.training.logged import Logged
@@ -84,6 +84,11 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
         return engine
     source = Path(folder)
     universal = state.world != world and zero.is_divided(source)
+    if universal and settings.training.offload_path:
+        raise ConfigError(
+            f"the checkpoint is one of {state.world} workers and there are {world}; with training.offload_path go on "
+            f"with as many, or leave it out until the next checkpoint"
+        )
     if universal:
         source = checkpoints.staging() / "universal"
         if checkpoints.leads_node():
@@ -103,7 +108,7 @@ def build_engine(settings: Settings, universal: bool = False) -> Any:
     """A DeepSpeed engine around the base model, what is not trained frozen; the same on every rank."""
     training, base = settings.training, base_directory(settings.model.base)
     torch.manual_seed(training.seed)
-    zero.build_offload(training)
+    disk.prepare(training)
     with zero.divided(training):
         model = trainable.prepare(load_task(settings.task).build(base, settings), base, training)
     if not torch.cuda.is_available():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import re
 import subprocess
@@ -18,9 +17,8 @@ import torch
 from torch import nn
 
 from lib import tracking
-from lib.errors import ResourceError
 from lib.settings import TrainingSettings
-from lib.training import overrides, trainable
+from lib.training import disk, overrides, trainable
 from lib.training.checkpoints import ENGINE, is_partial
 
 # Of mallopt(3).
@@ -78,44 +76,9 @@ def _offload(training: TrainingSettings) -> dict[str, Any]:
         return {}
     place: dict[str, Any] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if training.offload_path:
-        place |= {"device": "nvme", "nvme_path": training.offload_path}
+        place |= {"device": "nvme", "nvme_path": str(disk.folder(training))}
     both = {"offload_optimizer": place, "offload_param": dict(place)}
     return both if training.offload == "all" else {"offload_optimizer": place}
-
-
-def check_offload(training: TrainingSettings) -> None:
-    """Raises ResourceError when this machine cannot build what reads and writes an NVMe disk asynchronously."""
-    if training.offload_path is None:
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ResourceError(
-            "training.offload_path needs DeepSpeed's async_io operator, which cannot be built here: install "
-            "libaio's headers (libaio-dev) and a C++ compiler, or leave offload_path out to use the host's memory"
-        )
-
-
-def build_offload(training: TrainingSettings) -> None:
-    """Compile what `check_offload` asks about, once on each machine: some minutes.
-
-    One worker of a machine at a time. A build that was killed leaves PyTorch's lock, for which every later one
-    would wait without end: whoever holds ours, which ends with its process, knows that nobody holds that one.
-    """
-    if training.offload_path is None:
-        return
-    from deepspeed.ops.op_builder import AsyncIOBuilder, PinMemoryBuilder
-    from torch.utils.cpp_extension import _get_build_directory
-
-    check_offload(training)
-    for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
-        folder = Path(_get_build_directory(builder.name, verbose=False))
-        with open(folder.with_suffix(".whorl-lock"), "w") as ours:
-            fcntl.flock(ours, fcntl.LOCK_EX)
-            (folder / "lock").unlink(missing_ok=True)
-            if not list(folder.glob("*.so")):
-                print(f"compiling DeepSpeed's {builder.name} for this machine, once: this takes minutes", flush=True)
-            builder.load(verbose=False)
 
 
 def _distributed() -> None:
@@ -196,9 +159,17 @@ def load(engine: Any, folder: Path) -> None:
         engine.optimizer.load_hp_checkpoint_state_from_checkpoint_dir = partial(
             _load_universal, engine.optimizer
         )
-    path, _ = engine.load_checkpoint(
-        str(folder), tag=ENGINE, load_module_strict=not is_partial(engine.module)
-    )
+    strict = not is_partial(engine.module)
+    if disk.swaps(engine):
+        with disk.without_states(engine):
+            path, _ = engine.load_checkpoint(
+                str(folder), tag=ENGINE, load_module_strict=strict, load_optimizer_states=False
+            )
+        disk.load(
+            engine, _mapped(Path(engine._get_zero_ckpt_name(str(folder), ENGINE)))["optimizer_state_dict"]
+        )
+    else:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE, load_module_strict=strict)
     if path is None:
         raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
     # From a universal checkpoint ZeRO-3 gives every group what the first one had.

@@ -365,7 +365,7 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"temperature": -1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"messages": "hello"}, "messages"),
-        ({"messages": []}, ""),
+        ({"messages": []}, "messages is empty"),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"stop": ["x"] * 30_000}, "100,000 bytes"),
         ({"stop": ["x"] * 1_000}, "list should have at most"),

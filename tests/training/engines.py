@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from lib.settings import TrainingSettings
-from lib.training import checkpoints, trainable, zero
+from lib.training import checkpoints, disk, trainable, zero
 
 SEQUENCE = 12
 
@@ -72,6 +72,7 @@ def settings(values: dict[str, Any]) -> TrainingSettings:
 def run(job: Job) -> Outcome:
     training = settings(job.training)
     torch.manual_seed(0)
+    disk.prepare(training)
     with zero.divided(training):
         model = trainable.prepare(build(job.base, job.head), job.base, training)
     shapes = {

@@ -109,19 +109,11 @@ def test_a_file_is_read_once_and_checked_before_anything_starts(tmp_path: Path, 
         overrides.resolve(given(str(file)))
 
 
-def test_an_nvme_disk_stands_in_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lib.errors import ResourceError
-
+def test_an_nvme_disk_stands_in_for_the_host() -> None:
     section = merged({}, offload="all", offload_path="/nvme")["zero_optimization"]
     for part in ("offload_optimizer", "offload_param"):
-        assert section[part] == {"device": "nvme", "pin_memory": False, "nvme_path": "/nvme"}
-    training = TrainingSettings(zero_stage=3, offload="all", offload_path="/nvme")
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda self, verbose=False: False)
-    with pytest.raises(ResourceError, match=r"training.offload_path needs DeepSpeed's async_io operator"):
-        zero.check_offload(training)
-    zero.check_offload(TrainingSettings(zero_stage=3, offload="all"))
+        assert section[part]["device"] == "nvme"
+        assert section[part]["nvme_path"].startswith("/nvme/")
 
 
 @pytest.mark.parametrize(
@@ -130,6 +122,10 @@ def test_an_nvme_disk_stands_in_for_the_host(monkeypatch: pytest.MonkeyPatch) ->
         ({"zero_stage": 2, "offload": "all"}, "offload all needs zero_stage 3, not 2"),
         ({"zero_stage": 0, "offload": "optimizer"}, "needs zero_stage 1, 2 or 3"),
         ({"zero_stage": 2, "offload": "optimizer", "offload_path": "/x"}, "offload_path needs zero_stage 3"),
+        (
+            {"zero_stage": 3, "offload": "all", "offload_path": "/x", "workers": [1, 2]},
+            "offload_path needs a fixed number of workers",
+        ),
         ({"layers": 2, "adapter": {}}, "adapter and layers exclude each other"),
     ],
 )
