@@ -28,6 +28,8 @@ from lib.settings import TrainingSettings
 
 LOCK = "in-use"
 PREFIX = "whorl-"
+# What holds the lock of this process's folder: a file that nobody refers to is closed.
+_held: list[Any] = []
 
 
 def check(training: TrainingSettings) -> None:
@@ -61,18 +63,20 @@ def prepare(training: TrainingSettings) -> None:
         raise ResourceError(
             f"training.offload_path {training.offload_path} on {socket.gethostname()}: {error.strerror}"
         ) from error
-    atexit.register(_leave, place, held)
+    atexit.register(leave, training)
+    _held.append(held)
+
+
+def leave(training: TrainingSettings) -> None:
+    """Remove this process's folder: Ray kills workers that have come to their end."""
+    if training.offload_path is not None:
+        shutil.rmtree(folder(training), ignore_errors=True)
 
 
 def folder(training: TrainingSettings) -> Path:
     """Where this process's states are swapped to."""
     assert training.offload_path is not None
     return Path(training.offload_path) / f"{PREFIX}{socket.gethostname()}-{os.getpid()}"
-
-
-def _leave(place: Path, held: Any) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    held.close()
 
 
 def _sweep(parent: Path) -> None:

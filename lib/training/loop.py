@@ -71,7 +71,10 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         engine, task, settings, balance, coming, state, own, run, validation,
         terminal=config["terminal"], until=config["until"],
     )  # fmt: skip
-    return loop.run_all()
+    try:
+        return loop.run_all()
+    finally:
+        disk.leave(training)
 
 
 def start_engine(settings: Settings, state: State, folder: str | None, world: int) -> Any:
