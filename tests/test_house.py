@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import subprocess
 import tomllib
 from importlib.metadata import distributions, version
@@ -56,7 +57,8 @@ def test_the_lock_suits_the_oldest_python_too() -> None:
     names = {canonical(line.partition("==")[0]) for line in lines if not line.startswith("#")}
     wanted = {
         canonical(requirement.name): found.name
-        for found in distributions()
+        # Not what setuptools carries with it, which is on the path once something imports it.
+        for found in distributions(path=[sysconfig.get_path("purelib")])
         for requirement in map(Requirement, found.requires or [])
         if requirement.marker and "python" in str(requirement.marker) and requirement.marker.evaluate(oldest)
     }
