@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import sysconfig
 import subprocess
+import sysconfig
 import tomllib
 from importlib.metadata import distributions, version
 from pathlib import Path
