@@ -43,6 +43,8 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.generate.base.protocol import StreamOptions
+from vllm.exceptions import VLLMClientError, VLLMNotFoundError
+from vllm.sampling_params import SamplingParams
 
 from lib import registry
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
@@ -106,7 +108,14 @@ class Engine(LLMServer):
             if self._adapters is not None:
                 for one in refs:
                     await self._adapters.ensure(str(one))
+            await self._warm_up()
         logger.info("serving %s", ", ".join(map(str, refs)))
+
+    async def _warm_up(self) -> None:
+        """Draw a token: vLLM compiles what draws one when it first does, and on a CPU somebody would wait for that."""
+        drawn = SamplingParams(max_tokens=1, temperature=1.0)
+        async for _ in self.engine._engine_client.generate({"prompt_token_ids": [0]}, drawn, "warm-up"):
+            pass
 
     async def _run_request(self, request: Any, **rest: Any) -> Any:
         if self._adapters is not None:
@@ -246,7 +255,13 @@ class Chat(OpenAiIngress):
             self,
         )
         app.add_exception_handler(OpenAIHTTPException, _engine_error)
-        ask: dict[str, Any] = {"tags": ["chat"], "dependencies": [Depends(request_id)]}
+        app.add_exception_handler(VLLMClientError, _refused)
+        stream = {"text/event-stream": {"schema": {"type": "string"}}}
+        ask: dict[str, Any] = {
+            "tags": ["chat"],
+            "dependencies": [Depends(request_id)],
+            "responses": {200: {"description": "The answer, or with `stream` its parts", "content": stream}},
+        }
         app.post("/v1/chat/completions", summary="Continue a conversation", **ask)(self.chat)
         app.post("/v1/completions", summary="Continue a text", **ask)(self.completions)
         app.get("/v1/models", tags=["models"], summary="Names of the model")(self.models)
@@ -302,6 +317,14 @@ def said(answer: str, body: ChatCompletionRequest) -> Response:
         parts.append(head | {"choices": [], "usage": usage})
     events = [*(f"data: {json.dumps(part)}\n\n" for part in parts), "data: [DONE]\n\n"]
     return StreamingResponse(iter(events), media_type="text/event-stream")
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    """What vLLM's forms of a request find, some of it while they are filled in."""
+    status = HTTPStatus.NOT_FOUND if isinstance(error, VLLMNotFoundError) else HTTPStatus.BAD_REQUEST
+    param = getattr(error, "parameter", None)
+    # Not `str(error)`, which repeats the value.
+    return error_response(status, str(error.args[0]), param=param, code=status.name.lower())
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:

@@ -373,6 +373,8 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 400}]}, "256"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, ""),
         ({"n": 0}, ""),
+        ({"tools": []}, "tools"),
+        ({"logprob_token_ids": [1]}, "logprobs"),
         ({"logit_bias": {"999999": 1}}, "999999"),
     ],
 )  # fmt: skip
@@ -388,6 +390,12 @@ def test_a_clients_mistake_is_a_4xx_that_says_which(
     assert "Traceback" not in answer.text
 
 
+def test_a_completion_of_nothing_is_a_400(deployed: Deployed) -> None:
+    answer = deployed.post("/v1/completions", json={"model": NAME})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "prompt")
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null"])
 def test_a_body_that_is_not_a_request_is_a_400(deployed: Deployed, body: bytes) -> None:
     answer = deployed.post("/v1/chat/completions", content=body)
@@ -398,6 +406,8 @@ def test_a_body_that_is_not_a_request_is_a_400(deployed: Deployed, body: bytes) 
 def test_the_api_describes_itself(deployed: Deployed) -> None:
     paths = httpx.get(f"{deployed.url}/openapi.json").json()["paths"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/healthz", "/readyz"} <= set(paths)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert "text/event-stream" in paths[path]["post"]["responses"]["200"]["content"]
     assert httpx.get(f"{deployed.url}/docs").status_code == 200
 
 
