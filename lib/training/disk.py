@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import ResourceError
+from lib.errors import ResourceError, StorageError
 from lib.settings import TrainingSettings
 
 LOCK = "in-use"
@@ -121,17 +121,18 @@ def whole(engine: Any) -> Iterator[None]:
     swapped = engine.optimizer.optimizer_swapper.swap_folder
     mapped: list[torch.Tensor] = []
     with tempfile.TemporaryDirectory(dir=swapped) as scratch, _without_files(engine):
-        for number, flat in _swapped(engine.optimizer):
-            engine.optimizer._optimizer_states_and_gradient_swap_in(number)
-            tensors = _states(engine.optimizer, flat)
-            files = [
-                _in_file(tensor, Path(scratch) / f"{number}-{place}") for place, tensor in enumerate(tensors)
-            ]
-            engine.optimizer._release_swap_buffers(number)
-            for tensor, file in zip(tensors, files, strict=True):
-                tensor.data = file
-            mapped += tensors
         try:
+            for number, flat in _swapped(engine.optimizer):
+                engine.optimizer._optimizer_states_and_gradient_swap_in(number)
+                tensors = _states(engine.optimizer, flat)
+                files = [
+                    _in_file(tensor, Path(scratch) / f"{number}-{place}")
+                    for place, tensor in enumerate(tensors)
+                ]
+                engine.optimizer._release_swap_buffers(number)
+                for tensor, file in zip(tensors, files, strict=True):
+                    tensor.data = file
+                mapped += tensors
             yield
         finally:
             for tensor in mapped:
@@ -193,5 +194,15 @@ def _states(optimizer: Any, flat: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _in_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """A copy in a mapped file. Raises StorageError when it does not fit: a mapped file that has no room kills its
+    process when it is written to."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, tensor.numel() * tensor.element_size())
+    except OSError as error:
+        raise StorageError(
+            f"no room in {path.parent} (training.offload_path) for a copy of the optimiser's states, which a "
+            f"checkpoint is written from: {error.strerror}"
+        ) from error
     mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return mapped.copy_(tensor).view(tensor.shape)
+    return mapped.view(tensor.shape).copy_(tensor)

@@ -3,7 +3,9 @@ memory; nothing that a killed process left is in the way."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lib.errors import ResourceError
+from lib.errors import ResourceError, StorageError
 from lib.settings import TrainingSettings
 from lib.training import disk, zero
 from tests.training.engines import Job, build, ids, run
@@ -105,6 +107,24 @@ def test_a_build_that_was_killed_keeps_nobody_waiting(
     monkeypatch.setattr(op_builder, "PinMemoryBuilder", Builder)
     disk._build()
     assert found == [("async_io", False)] * 2
+
+
+def test_a_disk_without_room_is_told_and_kills_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = torch.arange(6.0).view(2, 3)
+    mapped = disk._in_file(numbers, tmp_path / "room")
+    assert torch.equal(mapped, numbers)
+    assert (tmp_path / "room").stat().st_size == 24
+
+    def full(descriptor: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(
+        StorageError, match=r"no room in .* \(training.offload_path\) .*: No space left on device"
+    ):
+        disk._in_file(numbers, tmp_path / "none")
 
 
 @pytest.fixture(scope="module")
