@@ -24,13 +24,15 @@ from contextlib import ExitStack
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
+from pydantic import BaseModel, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
     ChatCompletionResponse,
+    CompletionRequest,
     ModelCard,
     ModelList,
     OpenAIHTTPException,
@@ -86,6 +88,24 @@ class StartingError(ResourceError):
 
 class UnknownModelError(RequestError):
     http_status = 404
+
+
+def formed(form: type[BaseModel]) -> WrapValidator:
+    """What vLLM's `form` trips over while it is filled in, such as messages that are null, is the client's mistake."""
+
+    def fill(value: Any, fill_in: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return fill_in(value)
+        except (TypeError, AttributeError, LookupError) as error:
+            for name in form.model_fields.keys() & set(value):
+                try:
+                    TypeAdapter(form.model_fields[name].annotation).validate_python(value[name])
+                except ValidationError as found:
+                    reason = f"{name}: {found.errors()[0]['msg'].lower()}"
+                    raise RequestError(reason, param=name, code="wrong_type") from None
+            raise RequestError(f"a value is of the wrong type: {error}", code="wrong_type") from None
+
+    return WrapValidator(fill)
 
 
 class Engine(LLMServer):
@@ -203,7 +223,11 @@ class Chat(OpenAiIngress):
             code="model_not_found",
         )
 
-    async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
+    async def chat(
+        self,
+        body: Annotated[ChatCompletionRequest, formed(ChatCompletionRequest)],
+        request: Request,
+    ) -> Response:
         if self._grounding is not None:
             body.model, request.state.model = self._meant(body.model)
             body = _sanitize_chat_completion_request(body)
@@ -213,6 +237,12 @@ class Chat(OpenAiIngress):
                 return said(grounded.answer, body)
             body.messages, request.state.citations = grounded.messages, grounded.citations
         response: Response = await super().chat(body, request)
+        return response
+
+    async def completions(
+        self, body: Annotated[CompletionRequest, formed(CompletionRequest)], request: Request
+    ) -> Response:
+        response: Response = await super().completions(body, request)
         return response
 
     async def _get_response(

@@ -366,6 +366,7 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"temperature": "hot"}, "temperature"),
         ({"messages": "hello"}, "messages"),
         ({"messages": []}, "messages is empty"),
+        ({"messages": None, "tools": []}, "messages: input should be a valid list"),
         ({"messages": [{"content": "no role"}]}, "role"),
         ({"stop": ["x"] * 30_000}, "100,000 bytes"),
         ({"stop": ["x"] * 1_000}, "list should have at most"),
@@ -388,6 +389,16 @@ def test_a_clients_mistake_is_a_4xx_that_says_which(
     assert error["type"] == "invalid_request_error"
     assert says in f"{error['message']} {error['param']}"
     assert "Traceback" not in answer.text
+
+
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}, [None]], ids=repr)
+def test_no_value_of_a_wrong_type_is_a_5xx(deployed: Deployed, value: object) -> None:
+    from ray.llm._internal.serve.core.configs.openai_api_models import ChatCompletionRequest
+
+    body = {"model": NAME, "messages": QUESTION, "max_tokens": 1}
+    for name in ChatCompletionRequest.model_fields:
+        answer = deployed.post("/v1/chat/completions", json={**body, "max_tokens": 1, name: value})
+        assert answer.status_code < 500, (name, answer.text)
 
 
 def test_a_completion_of_nothing_is_a_400(deployed: Deployed) -> None:

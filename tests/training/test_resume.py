@@ -106,7 +106,9 @@ def train_workers() -> list[psutil.Process]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            names = [" ".join(p.cmdline()) for p in (process, *process.parents()[:1])]
+            # Not a program that a worker calls, which has the worker's name until it begins.
+            if ["RayTrainWorker" in name for name in names] == [True, False]:
                 found.append(process)
         except psutil.Error:
             continue
