@@ -98,8 +98,9 @@ def formed(form: type[BaseModel]) -> WrapValidator:
             return fill_in(value)
         except (TypeError, AttributeError, LookupError) as error:
             for name in form.model_fields.keys() & set(value):
+                kind: Any = form.model_fields[name].annotation
                 try:
-                    TypeAdapter(form.model_fields[name].annotation).validate_python(value[name])
+                    TypeAdapter(kind).validate_python(value[name])
                 except ValidationError as found:
                     reason = f"{name}: {found.errors()[0]['msg'].lower()}"
                     raise RequestError(reason, param=name, code="wrong_type") from None

@@ -397,7 +397,7 @@ def test_no_value_of_a_wrong_type_is_a_5xx(deployed: Deployed, value: object) ->
 
     body = {"model": NAME, "messages": QUESTION, "max_tokens": 1}
     for name in ChatCompletionRequest.model_fields:
-        answer = deployed.post("/v1/chat/completions", json={**body, "max_tokens": 1, name: value})
+        answer = deployed.post("/v1/chat/completions", json={**body, name: value})
         assert answer.status_code < 500, (name, answer.text)
 
 
