@@ -97,7 +97,7 @@ def formed(form: type[BaseModel]) -> WrapValidator:
         try:
             return fill_in(value)
         except (TypeError, AttributeError, LookupError) as error:
-            for name in form.model_fields.keys() & set(value):
+            for name in form.model_fields.keys() & set(value if isinstance(value, dict) else ()):
                 kind: Any = form.model_fields[name].annotation
                 try:
                     TypeAdapter(kind).validate_python(value[name])

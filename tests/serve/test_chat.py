@@ -407,7 +407,7 @@ def test_a_completion_of_nothing_is_a_400(deployed: Deployed) -> None:
     assert (answer.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "prompt")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null"])
+@pytest.mark.parametrize("body", [b"", b"{", b'{"model": "\xff"}', b"[]", b"null", b"5", b'"x"'])
 def test_a_body_that_is_not_a_request_is_a_400(deployed: Deployed, body: bytes) -> None:
     answer = deployed.post("/v1/chat/completions", content=body)
     assert answer.status_code == 400
