@@ -229,6 +229,7 @@ class Chat(OpenAiIngress):
         body: Annotated[ChatCompletionRequest, formed(ChatCompletionRequest)],
         request: Request,
     ) -> Response:
+        check(body)
         if self._grounding is not None:
             body.model, request.state.model = self._meant(body.model)
             body = _sanitize_chat_completion_request(body)
@@ -243,13 +244,13 @@ class Chat(OpenAiIngress):
     async def completions(
         self, body: Annotated[CompletionRequest, formed(CompletionRequest)], request: Request
     ) -> Response:
+        check(body)
         response: Response = await super().completions(body, request)
         return response
 
     async def _get_response(
         self, *, body: Any, raw_request: Request | None = None, **rest: Any
     ) -> AsyncIterator[Any]:
-        check_amounts(body)
         body.model, version = self._meant(body.model)
         options = getattr(body, "stream_options", None)
         usage = Usage(
@@ -305,11 +306,17 @@ class Chat(OpenAiIngress):
         return app
 
 
-def check_amounts(body: Any) -> None:
+def check(body: Any) -> None:
     """Raises RequestError for what would keep an engine busy with one request, each answer of `n` being a sequence of
-    its own, and for a conversation without a message, of which vLLM would log a traceback."""
-    if getattr(body, "messages", None) == []:
+    its own, and for messages that vLLM takes for others' forms and fails at: none, or one without a role."""
+    messages = getattr(body, "messages", None)
+    if messages == []:
         raise RequestError("messages is empty; send at least one", param="messages", code="no_messages")
+    for place, message in enumerate(messages or ()):
+        role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
+        if not isinstance(role, str):
+            name = f"messages.{place}.role"
+            raise RequestError(f"{name} is missing", param=name, code="missing")
     answers = getattr(body, "n", None) or 1
     if answers > MOST_ANSWERS:
         raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
