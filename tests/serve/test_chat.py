@@ -368,7 +368,7 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"messages": []}, "messages is empty"),
         ({"messages": None, "tools": []}, "messages: input should be a valid list"),
         ({"messages": [{"content": "no role"}]}, "role"),
-        ({"messages": [{"author": "Harmony's form", "": None}, *QUESTION]}, "messages.0.role is missing"),
+        ({"messages": [{"author": {"role": "user"}}, *QUESTION]}, "messages.0.role is missing"),
         ({"stop": ["x"] * 30_000}, "100,000 bytes"),
         ({"stop": ["x"] * 1_000}, "list should have at most"),
         ({"n": 1_000_000}, "n is 1,000,000; ask for at most 128"),
