@@ -27,7 +27,6 @@ from types import SimpleNamespace
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
-from pydantic import BaseModel, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from ray import serve as ray_serve
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ChatCompletionRequest,
@@ -45,7 +44,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.generate.base.protocol import StreamOptions
-from vllm.exceptions import VLLMClientError, VLLMNotFoundError
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import SamplingParams
 
 from lib import registry
@@ -59,6 +58,7 @@ from serve import logs
 from serve.access import guard
 from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit
+from serve.chat_forms import check, formed, refused
 from serve.grounding import Grounding
 from serve.http import STARTING, Ready, create_app, error_response, request_id
 from serve.observing import observe
@@ -67,8 +67,6 @@ from serve.scaling import TOKENS, UNBOUNDED, ingresses, size
 from serve.usage import Usage
 
 logger = logging.getLogger("ray.serve")
-
-MOST_ANSWERS = 128
 
 
 class Arguments(ServingSettings):
@@ -88,25 +86,6 @@ class StartingError(ResourceError):
 
 class UnknownModelError(RequestError):
     http_status = 404
-
-
-def formed(form: type[BaseModel]) -> WrapValidator:
-    """What vLLM's `form` trips over while it is filled in, such as messages that are null, is the client's mistake."""
-
-    def fill(value: Any, fill_in: ValidatorFunctionWrapHandler) -> Any:
-        try:
-            return fill_in(value)
-        except (TypeError, AttributeError, LookupError) as error:
-            for name in form.model_fields.keys() & set(value if isinstance(value, dict) else ()):
-                kind: Any = form.model_fields[name].annotation
-                try:
-                    TypeAdapter(kind).validate_python(value[name])
-                except ValidationError as found:
-                    reason = f"{name}: {found.errors()[0]['msg'].lower()}"
-                    raise RequestError(reason, param=name, code="wrong_type") from None
-            raise RequestError(f"a value is of the wrong type: {error}", code="wrong_type") from None
-
-    return WrapValidator(fill)
 
 
 class Engine(LLMServer):
@@ -287,7 +266,7 @@ class Chat(OpenAiIngress):
             self,
         )
         app.add_exception_handler(OpenAIHTTPException, _engine_error)
-        app.add_exception_handler(VLLMClientError, _refused)
+        app.add_exception_handler(VLLMClientError, refused)
         stream = {"text/event-stream": {"schema": {"type": "string"}}}
         ask: dict[str, Any] = {
             "tags": ["chat"],
@@ -304,22 +283,6 @@ class Chat(OpenAiIngress):
         guard(app, self._serving.access)
         observe(app, self, self._serving)
         return app
-
-
-def check(body: Any) -> None:
-    """Raises RequestError for what would keep an engine busy with one request, each answer of `n` being a sequence of
-    its own, and for messages that vLLM takes for others' forms and fails at: none, or one without a role."""
-    messages = getattr(body, "messages", None)
-    if messages == []:
-        raise RequestError("messages is empty; send at least one", param="messages", code="no_messages")
-    for place, message in enumerate(messages or ()):
-        role = message.get("role") if isinstance(message, dict) else getattr(message, "role", None)
-        if not isinstance(role, str):
-            name = f"messages.{place}.role"
-            raise RequestError(f"{name} is missing", param=name, code="missing")
-    answers = getattr(body, "n", None) or 1
-    if answers > MOST_ANSWERS:
-        raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
 
 
 def with_citations(part: Any, citations: list[dict[str, Any]] | None) -> Any:
@@ -355,14 +318,6 @@ def said(answer: str, body: ChatCompletionRequest) -> Response:
         parts.append(head | {"choices": [], "usage": usage})
     events = [*(f"data: {json.dumps(part)}\n\n" for part in parts), "data: [DONE]\n\n"]
     return StreamingResponse(iter(events), media_type="text/event-stream")
-
-
-async def _refused(request: Request, error: Exception) -> JSONResponse:
-    """What vLLM's forms of a request find, some of it while they are filled in."""
-    status = HTTPStatus.NOT_FOUND if isinstance(error, VLLMNotFoundError) else HTTPStatus.BAD_REQUEST
-    param = getattr(error, "parameter", None)
-    # Not `str(error)`, which repeats the value.
-    return error_response(status, str(error.args[0]), param=param, code=status.name.lower())
 
 
 async def _engine_error(request: Request, error: Exception) -> JSONResponse:

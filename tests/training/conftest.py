@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.engines import save_llama
 from tests.training.ranks import Ranks
 
 
@@ -29,19 +30,5 @@ def pair() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a random Llama: 3 layers, 32 wide, an output matrix of its own; it has no tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    size = {"hidden_size": 32, "num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 48}
+    return save_llama(tmp_path_factory.mktemp("tiny-llama"), **size)

@@ -55,6 +55,16 @@ def build(base: Path, head: str) -> Any:
     return kind.from_pretrained(base, dtype=torch.float32, use_safetensors=True, **more)
 
 
+def save_llama(folder: Path, **config: Any) -> Path:
+    """Weights of a random Llama in `folder`, without a tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(0)
+    known = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64}
+    LlamaForCausalLM(LlamaConfig(**known, **config, tie_word_embeddings=False)).save_pretrained(folder)
+    return folder
+
+
 def ids(seed: int) -> torch.Tensor:
     """Token ids [4, T]."""
     return torch.randint(5, 60, (4, SEQUENCE), generator=torch.Generator().manual_seed(seed))

@@ -17,7 +17,7 @@ import torch
 from lib.errors import ResourceError, StorageError
 from lib.settings import TrainingSettings
 from lib.training import disk, zero
-from tests.training.engines import Job, build, ids, run
+from tests.training.engines import Job, build, ids, run, save_llama
 from tests.training.ranks import Ranks
 
 WORDS = "AutoModelForCausalLM"
@@ -130,21 +130,8 @@ def test_a_disk_without_room_is_told_and_kills_nobody(
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 1.5 M parameters: DeepSpeed swaps nothing of less than a MiB."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
-
-    folder = tmp_path_factory.mktemp("wide-llama")
-    set_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=640,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    size = {"hidden_size": 256, "num_hidden_layers": 2, "intermediate_size": 640}
+    return save_llama(tmp_path_factory.mktemp("wide-llama"), **size)
 
 
 @pytest.mark.slow
