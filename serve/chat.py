@@ -21,7 +21,6 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
-from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -44,7 +43,7 @@ from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from vllm.entrypoints.generate.base.protocol import StreamOptions
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GenerationError, VLLMClientError
 from vllm.sampling_params import SamplingParams
 
 from lib import registry
@@ -58,9 +57,9 @@ from serve import logs
 from serve.access import guard
 from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit
-from serve.chat_forms import check, formed, refused
+from serve.chat_forms import check, engine_error, formed, narrowed_by, refused, unanswerable
 from serve.grounding import Grounding
-from serve.http import STARTING, Ready, create_app, error_response, request_id
+from serve.http import STARTING, Ready, create_app, request_id
 from serve.observing import observe
 from serve.recording import record
 from serve.scaling import TOKENS, UNBOUNDED, ingresses, size
@@ -134,6 +133,10 @@ class Engine(LLMServer):
         client = getattr(getattr(self, "engine", None), "_engine_client", None)
         if client is not None:
             client.shutdown()
+
+
+# A part of a stream, as OpenAPI 3.2 has server-sent events: `data` is JSON, and [DONE] at the end.
+EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 
 
 @ray_serve.ingress()
@@ -253,6 +256,10 @@ class Chat(OpenAiIngress):
                 state.tokens = usage.tokens
                 if shown:
                     yield shown if isinstance(part, list) else shown[0]
+        except GenerationError as error:
+            if param := narrowed_by(body):
+                raise unanswerable(param) from error
+            raise
         except BackPressureError as error:
             # Ray Serve has a handler of its own for these two, which answers in plain text.
             raise FullError("too many requests are waiting; try again") from error
@@ -265,9 +272,9 @@ class Chat(OpenAiIngress):
             "OpenAI's chat and completions, by a model that was fine-tuned on your data.",
             self,
         )
-        app.add_exception_handler(OpenAIHTTPException, _engine_error)
+        app.add_exception_handler(OpenAIHTTPException, engine_error)
         app.add_exception_handler(VLLMClientError, refused)
-        stream = {"text/event-stream": {"schema": {"type": "string"}}}
+        stream = {"text/event-stream": {"schema": EVENT}}
         ask: dict[str, Any] = {
             "tags": ["chat"],
             "dependencies": [Depends(request_id)],
@@ -318,12 +325,6 @@ def said(answer: str, body: ChatCompletionRequest) -> Response:
         parts.append(head | {"choices": [], "usage": usage})
     events = [*(f"data: {json.dumps(part)}\n\n" for part in parts), "data: [DONE]\n\n"]
     return StreamingResponse(iter(events), media_type="text/event-stream")
-
-
-async def _engine_error(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, OpenAIHTTPException)
-    status = HTTPStatus(error.status_code)
-    return error_response(status, error.message, code=status.name.lower())
 
 
 def references(serving: ServingSettings) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import Request
 from pydantic import BaseModel, TypeAdapter, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
+from ray.llm._internal.serve.core.configs.openai_api_models import OpenAIHTTPException
 from starlette.responses import JSONResponse
 from vllm.exceptions import VLLMNotFoundError
 
@@ -51,9 +52,37 @@ def check(body: Any) -> None:
         raise RequestError(f"n is {answers:,}; ask for at most {MOST_ANSWERS}", param="n", code="too_many")
 
 
+def narrowed_by(body: Any) -> str | None:
+    """The key of a request that binds its answer to a form; None where any text may be said."""
+    if getattr(body, "structured_outputs", None) is not None:
+        return "structured_outputs"
+    form = getattr(body, "response_format", None)
+    if form is not None and getattr(form, "type", None) != "text":
+        return "response_format"
+    choice = getattr(body, "tool_choice", None)
+    return "tool_choice" if choice not in (None, "none", "auto") else None
+
+
+def unanswerable(param: str) -> RequestError:
+    """vLLM ends an answer with an error when no token is left that its form allows."""
+    return RequestError(
+        f"{param} leaves nothing to say: no token fits both it and the request's other options, such as logit_bias, "
+        f"allowed_token_ids and bad_words",
+        param=param,
+        code="unanswerable",
+    )
+
+
 async def refused(request: Request, error: Exception) -> JSONResponse:
     """What vLLM's forms of a request find, some of it while they are filled in."""
     status = HTTPStatus.NOT_FOUND if isinstance(error, VLLMNotFoundError) else HTTPStatus.BAD_REQUEST
     param = getattr(error, "parameter", None)
     # Not `str(error)`, which repeats the value.
     return error_response(status, str(error.args[0]), param=param, code=status.name.lower())
+
+
+async def engine_error(request: Request, error: Exception) -> JSONResponse:
+    """What Ray's ingress finds."""
+    assert isinstance(error, OpenAIHTTPException)
+    status = HTTPStatus(error.status_code)
+    return error_response(status, error.message, code=status.name.lower())

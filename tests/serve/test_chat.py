@@ -378,6 +378,9 @@ def test_a_model_that_is_not_there_is_a_404_in_openais_form(deployed: Deployed) 
         ({"tools": []}, "tools"),
         ({"logprob_token_ids": [1]}, "logprobs"),
         ({"logit_bias": {"999999": 1}}, "999999"),
+        # Nothing that may be said fits the form.
+        ({"structured_outputs": {"choice": ["xyz"]}, "allowed_token_ids": [5]}, "structured_outputs leaves nothing"),
+        ({"response_format": {"type": "json_object"}, "allowed_token_ids": [5]}, "response_format leaves nothing"),
     ],
 )  # fmt: skip
 def test_a_clients_mistake_is_a_4xx_that_says_which(
