@@ -8,7 +8,7 @@ CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop status ui test test-fast check format lock clean
+.PHONY: help setup demo stop status ui test test-long test-fast check format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -36,8 +36,11 @@ status: setup  ## what is running
 ui: setup  ## the MLflow page: runs, curves, model versions
 	$(BIN)/python -m cluster.local ui
 
-test: setup check  ## linters, types, floors, then every test
+test: setup check  ## linters, types, floors, then every test but the long ones
 	$(BIN)/python -m pytest
+
+test-long: setup  ## the tests that `make test` leaves out: whole drivers, nodes and searches killed and gone on with
+	$(BIN)/python -m pytest -m long
 
 test-fast: setup  ## the tests that need no Ray and take no longer than seconds
 	$(BIN)/python -m pytest -m "not slow and not ray"

@@ -19,7 +19,7 @@ from tests.trained import make_dataset
 from tests.training.nodes import WORKER_CPUS
 from tests.training.test_resume import assert_one_curve, assert_same, settings_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 ROWS, EPOCHS = 240, 2
 

@@ -270,6 +270,7 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_goes_on_with_space(
     unkilled: Whole, small_disk: Path, tiny_base: Path
 ) -> None:
@@ -331,6 +332,7 @@ def kill(driver: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_killed_driver_goes_on_with_resume(
     unkilled: Whole, database: Path, tiny_base: Path, tmp_path: Path

@@ -292,6 +292,7 @@ def test_the_better_learning_rate_wins_and_the_worse_is_ended_early(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.timeout(600)
 def test_a_population_of_zero_trials_takes_over_from_the_better(
@@ -385,6 +386,7 @@ def killed_in_its_second_trial(driver: subprocess.Popen[str]) -> tuple[str, trac
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_killed_search_goes_on_and_its_winner_is_a_configuration(
     database: Path, tiny_base: Path, tmp_path: Path
