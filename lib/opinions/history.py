@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
 from typing import Any
 
 from sqlalchemy import select
 
-from lib import database
+from lib import database, times
 from lib.errors import DataError
 from lib.opinions.store import document_id
 from lib.opinions.tables import DOCUMENTS, Opinion
@@ -22,7 +21,10 @@ def opinion(row: Mapping[str, str | None], where: str, negative: str) -> Opinion
 
     Raises DataError, beginning with `where`, for a value that is missing or cannot be one.
     """
-    time = seconds(row.get("time"), where)
+    try:
+        time = times.seconds(row.get("time"))
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
     given = {name: (row.get(name) or "").strip() for name in (*LIMITS, "text")}
     for name in ("source", "entity"):
         if not given[name]:
@@ -34,27 +36,6 @@ def opinion(row: Mapping[str, str | None], where: str, negative: str) -> Opinion
         raise DataError(f"{where}: neither text nor label; give one of them")
     given["id"] = given["id"] or document_id(time, given["source"], given["entity"], given["text"])
     return Opinion(time=time, score=_score(row.get("score"), given["label"] == negative, where), **given)
-
-
-def seconds(value: str | None, where: str) -> int:
-    """A time, ISO 8601 with an offset from UTC or seconds since 1970, as whole seconds since 1970."""
-    try:
-        return _not_before_1970(int(float(value or "")), where)
-    except (ValueError, OverflowError):
-        pass
-    try:
-        found = datetime.fromisoformat((value or "").strip())
-    except ValueError:
-        raise DataError(f"{where}: {value!r} is no time; write it as 2026-03-01T09:00:00Z") from None
-    if found.tzinfo is None:
-        raise DataError(f"{where}: {value!r} has no offset from UTC; write it as 2026-03-01T09:00:00Z")
-    return _not_before_1970(int(found.timestamp()), where)
-
-
-def _not_before_1970(value: int, where: str) -> int:
-    if not 0 <= value < 2**40:
-        raise DataError(f"{where}: {value} is no number of seconds since 1970; are these milliseconds?")
-    return value
 
 
 def _score(value: str | None, is_negative: bool, where: str) -> float:

@@ -19,6 +19,13 @@ from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchS
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
+from lib.settings.recommend import (
+    InteractionSettings,
+    ItemSettings,
+    OfferSettings,
+    TableSettings,
+    UserSettings,
+)
 from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
     AccessSettings,
@@ -34,6 +41,7 @@ from lib.settings.training import (
     Dimension,
     ModelSettings,
     PreferenceSettings,
+    RecommenderSettings,
     TrainingSettings,
     TuningSettings,
 )
@@ -54,24 +62,30 @@ __all__ = [
     "EventSettings",
     "GroundingSettings",
     "HeadSettings",
+    "InteractionSettings",
+    "ItemSettings",
     "JudgeSettings",
     "KnowledgeSettings",
     "Labelled",
     "LogSettings",
     "ModelSettings",
     "MonitoringSettings",
+    "OfferSettings",
     "OpinionColumns",
     "Part",
     "PlanSettings",
     "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "RecommenderSettings",
     "ScoreSettings",
     "SearchSettings",
     "ServingSettings",
     "Settings",
+    "TableSettings",
     "TrainingSettings",
     "TuningSettings",
+    "UserSettings",
     "WebhookSettings",
     "describe",
     "load_settings",

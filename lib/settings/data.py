@@ -12,7 +12,8 @@ from pydantic import (
 )
 
 from lib.errors import nearest
-from lib.settings.sections import Name, Positive, Section, Share
+from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
+from lib.settings.sections import Format, Name, Positive, Section, Share
 
 # Columns of a dataset that the tasks fill; a slice may not take their place.
 RESERVED_COLUMNS = {
@@ -43,9 +44,6 @@ RESERVED_COLUMNS = {
 }
 
 
-Format = Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"]
-
-
 class Columns(Section):
     """Names of the columns in the source. A task reads those that its rows have."""
 
@@ -73,6 +71,16 @@ class Columns(Section):
     rejected: str = "rejected"
     system: str = "system"
     """chat, in pairs and Alpaca's form: the system message, where a source has one."""
+    user: str = "user"
+    """recommend: who did something."""
+    item: str = "item"
+    """recommend: with what."""
+    time: str = "time"
+    """recommend: when; seconds or milliseconds since 1970, or ISO 8601."""
+    value: str | None = None
+    """recommend: how it was rated, if it was."""
+    event: str | None = None
+    """recommend: what was done, such as view or buy, if that differs."""
 
 
 def _label_values(value: Any) -> Any:
@@ -173,6 +181,12 @@ class DataSettings(Labelled):
     """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
     test stay as they are."""
     rows_per_shard: Positive = 20_000
+    items: ItemSettings | None = None
+    """recommend: the catalogue."""
+    users: UserSettings | None = None
+    """recommend: what is known of users."""
+    interactions: InteractionSettings = InteractionSettings()
+    """recommend: which rows of the source count, and which are held out."""
     parts: dict[Name, Part] = {}
     """multitask: the data sets that one encoder is trained on, each with a source, columns and labels of its own."""
     temperature: Annotated[float, Field(ge=1)] = 1.0

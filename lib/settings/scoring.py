@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from lib.settings.data import Format
-from lib.settings.sections import Positive, Section, Share
+from lib.settings.sections import Format, Positive, Section, Share
 
 # Columns that every shard of scores has.
 SCORED_COLUMNS = ("file", "row", "problem")

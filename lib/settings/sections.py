@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,8 @@ from pydantic import (
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+# Of the files of a source; auto goes by each file's ending.
+Format = Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"]
 
 Item = TypeVar("Item")
 # One value or a list of them, as a list: `--plan.workers 8` and `--plan.workers "[4, 8]"`.

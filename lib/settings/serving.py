@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from lib.settings.knowledge import GroundingSettings, named
+from lib.settings.recommend import OfferSettings
 from lib.settings.sections import Name, Positive, Section, Share
 
 
@@ -162,6 +163,7 @@ class ServingSettings(Section):
     max_body_bytes: Positive = 4_000_000
     access: AccessSettings = AccessSettings()
     events: EventSettings = EventSettings()
+    recommend: OfferSettings = OfferSettings()
     canary: CanarySettings | None = None
     """Try a new version on a copy of some requests before it answers; None: it answers as soon as it is loaded. A
     chat model's engine is replaced without a trial."""

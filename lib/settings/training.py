@@ -14,6 +14,40 @@ from lib.settings.data import ClassWeights
 from lib.settings.sections import Positive, Section, Share
 
 
+class RecommenderSettings(Section):
+    """recommend: what is built around the encoder (`lib.recommender.model`)."""
+
+    width: Annotated[int, Field(ge=4)] = 64
+    """Of the vectors of items and users."""
+    sequence: Literal["gru", "transformer"] = "gru"
+    """What reads a user's history (Hidasi et al. 2016; Kang and McAuley 2018)."""
+    layers: Positive = 1
+    heads: Positive = 2
+    """Of the transformer's attention."""
+    history: Annotated[int, Field(ge=2)] = 200
+    """Interactions that are read of a user, the latest ones; training learns from as many."""
+    text: Literal["frozen", "tuned", "none"] = "frozen"
+    """frozen: the encoder's vectors, computed once, below a learned map; tuned: the encoder is trained too; none:
+    items are known by their id and features alone."""
+    id_dropout: Share = 0.1
+    """Share of the items that a training step knows by text and features alone, as it is with new ones."""
+    item_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    """Of the vectors of the history."""
+    user_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.4
+    """Of the user's vector."""
+    time_gaps: bool = True
+    """Whether the model is told how long after the one before each interaction came."""
+    sampled: Annotated[int, Field(ge=0)] = 0
+    """0: softmax over the whole catalogue; else over what is foreseen in the batch and so many items drawn by
+    popularity, corrected for how likely each was to be there (Yi et al. 2019)."""
+
+    @model_validator(mode="after")
+    def _heads(self) -> RecommenderSettings:
+        if self.sequence == "transformer" and self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads, {self.heads}")
+        return self
+
+
 class ModelSettings(Section):
     """What is fine-tuned."""
 
@@ -28,6 +62,7 @@ class ModelSettings(Section):
     chat_template: str | None = None
     """chat: `chatml` or the file of a Jinja template; None takes the base model's own."""
     trust_remote_code: bool = False
+    recommender: RecommenderSettings = RecommenderSettings()
 
 
 class AdapterSettings(Section):

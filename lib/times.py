@@ -1,0 +1,55 @@
+"""Points in time as sources write them → whole seconds since 1970."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# From here on a number is one of milliseconds: as seconds it would be in the year 5138.
+MILLISECONDS = 10**11
+
+
+def seconds(value: str | None) -> int:
+    """ISO 8601 with an offset from UTC, or seconds or milliseconds since 1970.
+
+    Raises ValueError, saying what is wrong with the value and how it is written.
+    """
+    try:
+        number = float(value or "")
+    except ValueError:
+        return _of_text(value)
+    if not 0 <= number < MILLISECONDS * 1000:
+        raise ValueError(f"{value!r} is no number of seconds or milliseconds since 1970")
+    return int(number // 1000) if number >= MILLISECONDS else int(number)
+
+
+def _of_text(value: str | None) -> int:
+    try:
+        found = datetime.fromisoformat((value or "").strip())
+    except ValueError:
+        raise ValueError(f"{value!r} is no time; write it as 2026-03-01T09:00:00Z") from None
+    if found.tzinfo is None:
+        raise ValueError(f"{value!r} has no offset from UTC; write it as 2026-03-01T09:00:00Z")
+    if found.timestamp() < 0:
+        raise ValueError(f"{value!r} is before 1970")
+    return int(found.timestamp())
+
+
+def column(values: pa.Array) -> tuple[np.ndarray, dict[int, str]]:
+    """int64 [rows] of a string array, and row → what is wrong with it. Numbers take a microsecond a row, texts ten."""
+    found, wrong = np.zeros(len(values), np.int64), {}
+    try:
+        numbers = np.asarray(pc.fill_null(values.cast(pa.float64()), -1))
+        ok = (numbers >= 0) & (numbers < MILLISECONDS * 1000)
+    except pa.ArrowInvalid:
+        numbers, ok = np.zeros(len(values)), np.zeros(len(values), bool)
+    found[ok] = np.where(numbers[ok] >= MILLISECONDS, numbers[ok] // 1000, numbers[ok]).astype(np.int64)
+    for row in np.flatnonzero(~ok).tolist():
+        try:
+            found[row] = seconds(values[row].as_py())
+        except ValueError as error:
+            wrong[row] = str(error)
+    return found, wrong
