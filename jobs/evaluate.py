@@ -3,7 +3,8 @@
     python -m jobs.evaluate --config jobs/configs/reviews.yaml [--evaluation.run RUN_ID ...]
 
 Takes the latest finished fine-tuning run of this name, or the one given. A classifier is held against two
-baselines, a chat model against its base before fine-tuning and against looked-up answers. Writes report.json, report.html,
+baselines, a chat model against its base before fine-tuning and against looked-up answers, a recommender against popularity and
+transitions. Writes report.json, report.html,
 the figures and every prediction under runs/RUN_ID/evaluation in storage, and metrics and figures to the
 tracking database.
 """
@@ -20,7 +21,7 @@ from lib import heads, storage, tracking
 from lib.artifacts import DatasetRef, EvalReport
 from lib.command import connect, main
 from lib.errors import ConfigError, RegistryError
-from lib.evaluation import behaviours, chat_report, text
+from lib.evaluation import behaviours, chat_report, rankings, rankings_report, text
 from lib.evaluation import report as files
 from lib.evaluation.before_after import measure as measure_answers
 from lib.evaluation.classification import Measured, Subject
@@ -46,19 +47,18 @@ def evaluate(settings: Settings) -> None:
     dataset = DatasetRef(run.ref.name, info.dataset)
     manifest = dataset.manifest()
     subject = Subject(run.ref.name, run.ref.id, info.task, dataset.fingerprint, [])
-    answers = judged(info.task) == "answers"
+    kind = judged(info.task)
     check_behaviours(settings)
     connect()
     began = time.perf_counter()
     print(f"scoring run {run.ref.id} on the test split of {dataset.name}/{dataset.fingerprint}")
-    of_kind = measure_answers if answers else measure_classes
-    measured = of_kind(subject, run.ref.model_uri, dataset, settings)
-    pages = chat_report if answers else files
+    measured = MEASURE[kind](subject, run.ref.model_uri, dataset, settings)
+    pages = {"classes": files, "answers": chat_report, "rankings": rankings_report}[kind]
     # The report of an earlier evaluation of the same run gives way to this one.
     with storage.publish(run.ref.evaluation_uri, replace=True) as folder:
         pages.write(measured, folder)
     record(run, measured.report)
-    shown = chat_report.render(measured.report) if answers else text.render(measured.report)
+    shown = (text if kind == "classes" else pages).render(measured.report)  # type: ignore[attr-defined]
     print(f"\n{shown}\n")
     print(
         f"{manifest['splits']['test']['rows']:,} rows and the baselines in {time.perf_counter() - began:.0f} s"
@@ -85,6 +85,9 @@ def measure_classes(subject: Subject, model_uri: str, dataset: DatasetRef, setti
     return replace(measured, report=replace(measured.report, behaviours=behaved))
 
 
+MEASURE = {"classes": measure_classes, "answers": measure_answers, "rankings": rankings.measure}
+
+
 def record(run: tracking.Run, report: EvalReport) -> None:
     """Metrics, figures and the report's page in the run; its tag tells `jobs.promote` that it can be promoted."""
     values = {}
@@ -95,7 +98,7 @@ def record(run: tracking.Run, report: EvalReport) -> None:
     for one in text.reports(report):
         for baseline, figures in one.baselines.items():
             inside = f"test/{one.head}/{baseline}" if one.head else f"test/{baseline}"
-            shown = (report.deciding, *(figures if report.answers else ("macro_f1", "accuracy")))
+            shown = (report.deciding, *(("macro_f1", "accuracy") if report.labels else figures))
             values |= {f"{inside}/{name}": figures[name] for name in shown if name in figures}
         for label, figures in one.per_class.items():
             title = f"{one.head}/{METRIC_SAFE.sub('_', label)}" if one.head else METRIC_SAFE.sub("_", label)

@@ -22,7 +22,7 @@ from lib.command import connect, joins_this_machine, main
 from lib.data.plan import plan
 from lib.planner.check import check
 from lib.settings import Settings
-from lib.tasks import check_behaviours, deciding_metric
+from lib.tasks import check_behaviours, deciding_metric, judged
 from lib.training import resume
 
 
@@ -31,7 +31,7 @@ def finetune(settings: Settings) -> None:
     training, dataset = settings.training, plan(settings).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
     resumed = resume.find(settings, dataset)
-    if joins_this_machine() and not settings.training.ignore_plan:
+    if joins_this_machine() and not settings.training.ignore_plan and judged(settings.task) != "rankings":
         check(settings)
     connect()
     # Imported only now: ray reads its environment, which connect() completes, when it is first imported.

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import uuid
+from typing import Any
 
 import httpx
 import pyarrow.parquet as pq
@@ -88,6 +89,9 @@ def ask(settings: Settings) -> None:
                 print(
                     f"    feedback on it is kept: {said}; python -m jobs.curate makes a source of what was said"
                 )
+        if rows and hasattr(task, "show"):
+            for line in task.show(rows[0], lambda path, body: _posted(client, path, body)):
+                print(f"  {line}")
     seconds.sort()
     print(
         f"  {len(seconds)} requests one by one: p50 {seconds[len(seconds) // 2] * 1000:.1f} ms, slowest {seconds[-1] * 1000:.1f} ms"
@@ -99,6 +103,13 @@ def ask(settings: Settings) -> None:
         print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
         print(f"  MLflow page  {found['ui']}")
         print("  the service stays up until `make stop`")
+
+
+def _posted(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    reply = client.post(path, json=body)
+    reply.raise_for_status()
+    found: dict[str, Any] = reply.json()
+    return found
 
 
 if __name__ == "__main__":

@@ -12,13 +12,19 @@ from __future__ import annotations
 
 from lib.command import main
 from lib.data.plan import plan as dataset_plan
-from lib.errors import WhorlError
+from lib.errors import ConfigError, WhorlError
 from lib.planner.layouts import report
 from lib.planner.tables import render
 from lib.settings import Settings
+from lib.tasks import judged
 
 
 def plan(settings: Settings) -> None:
+    if judged(settings.task) == "rankings" and not settings.plan.architecture:
+        raise ConfigError(
+            f"jobs.plan reckons with the layers of a language model; what a {settings.task} model takes goes by its items: "
+            "rows of data.items · model.recommender.width · 16 bytes on each worker"
+        )
     print(render(report(settings, training_tokens(settings))))
 
 

@@ -18,9 +18,8 @@ from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
 from lib.direction import lower_is_better
 from lib.errors import ConfigError, GateError, nearest
-from lib.evaluation import before_after, chat
+from lib.evaluation import before_after, chat, rankings
 from lib.evaluation import report as files
-from lib.evaluation.chat import MAY_DECIDE
 from lib.evaluation.classification import Measured, Subject, lead
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
@@ -33,8 +32,8 @@ from lib.tasks import judged
 
 def promote(settings: Settings) -> None:
     metric, known = settings.promotion.metric, list(DECIDING)
-    if answers(settings.task):
-        known = list(MAY_DECIDE)
+    if (kind := judged(settings.task)) != "classes":
+        known = list(chat.MAY_DECIDE if kind == "answers" else rankings.MAY_DECIDE)
     known += [f"{head}/{name}" for head in settings.data.heads for name in DECIDING]
     if metric is not None and metric not in known:
         raise ConfigError(
@@ -111,25 +110,23 @@ def champion_measured(present: ModelRef, candidate: Measured, settings: Settings
     connect()
     dataset = DatasetRef(report.name, report.dataset)
     subject = Subject(present.name, lineage["run"], info.task, report.dataset, [])
-    if answers(info.task):
-        return before_after.measure(subject, present.uri, dataset, settings)
+    if (kind := judged(info.task)) != "classes":
+        measure = before_after.measure if kind == "answers" else rankings.measure
+        return measure(subject, present.uri, dataset, settings)
     scored = score(present.uri, dataset, "test", settings)
     labels = {one.head: one.labels for one in reports(report)}
     return measure_heads(subject, labels, scored, {}, settings.evaluation)
-
-
-def answers(task: str) -> bool:
-    return judged(task) == "answers"
 
 
 def lead_over(rival: Measured, candidate: Measured, settings: Settings) -> tuple[dict[str, Any], str]:
     """How far the candidate is ahead of the present champion, as a record and as a line about `{}`."""
     resamples = settings.evaluation.bootstrap
     metric = settings.promotion.metric or candidate.report.deciding
-    if not answers(candidate.report.task):
+    kind = judged(candidate.report.task)
+    if kind == "classes":
         found = lead(candidate.of(metric), rival.of(metric), resamples)
         return vars(found), f"macro-F1 above {{}}: {found}"
-    value, *ends = chat.lead(candidate, rival, resamples, metric)
+    value, *ends = (chat if kind == "answers" else rankings).lead(candidate, rival, resamples, metric)
     side = "lower is better" if lower_is_better(metric) else "higher is better"
     within = f" (95% interval {ends[0]:+.4f} to {ends[1]:+.4f})" if ends else ""
     return {metric: value, "interval": ends}, f"{metric} beside {{}} ({side}): {value:+.4f}{within}"

@@ -203,6 +203,8 @@ class EvalReport:
     """The metric of `intervals` and `differences`, and by which a version is promoted."""
     answers: AnswersReport | None = None
     """What a task that generates has besides."""
+    rankings: list[dict[str, Any]] = field(default_factory=list)
+    """Of a recommender: evenly spaced, the titles of `history`, what is `recommended`, what `came` and its `rank`."""
     format: int = 1
 
     def write(self, folder: Path) -> None:

@@ -97,8 +97,10 @@ def reliability_plot(bins: list[dict[str, float]], error: float, title: str) -> 
     return _png(figure)
 
 
-def comparison_plot(scores: dict[str, float], intervals: dict[str, list[float]], title: str) -> bytes:
-    """Macro-F1 of each classifier with its 95% interval; the first is the model itself."""
+def comparison_plot(
+    scores: dict[str, float], intervals: dict[str, list[float]], title: str, metric: str = "macro-F1"
+) -> bytes:
+    """The metric of each system with its 95% interval; the first is the model itself."""
     names = list(scores)
     figure = _figure(6.4, 1.3 + 0.55 * len(names))
     axes = figure.add_subplot()
@@ -114,7 +116,7 @@ def comparison_plot(scores: dict[str, float], intervals: dict[str, list[float]],
         axes.text(max(value, end) + 0.012, place, f"{value:.3f}", va="center", color=INK)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set(xlabel="macro-F1 on the test split, with 95% bootstrap intervals", xlim=(0, 1), title=title)
+    axes.set(xlabel=f"{metric} on the test split, with 95% bootstrap intervals", xlim=(0, 1), title=title)
     _plain(axes)
     return _png(figure)
 

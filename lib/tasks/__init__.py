@@ -10,7 +10,7 @@ Shapes: B rows in a batch, T tokens in its longest row, C classes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from torch import nn
 
-    from lib.artifacts import TaskFile
+    from lib.artifacts import DatasetRef, TaskFile
 
     Batch = dict[str, torch.Tensor]
     Outputs = dict[str, np.ndarray]
@@ -86,6 +86,8 @@ class Task(Protocol):
     """What a client sends: the HTTP schema and the batch-scoring schema are the same."""
     Response: type[BaseModel]
 
+    ROUTE: str
+    """Under which its application answers; `/v1/TASK` where a module does not say."""
     PACKS: bool
     """Whether rows can be packed into sequences of the model's length: `collate` then reads a column `pack`."""
     METRIC: str
@@ -116,8 +118,9 @@ class Task(Protocol):
         Runs inside Ray Data's map_batches. Always adds `length` int32, the tokens of each row. Raises UnencodableError.
         """
 
-    def build(self, base: Path, settings: Settings) -> nn.Module:
-        """A module ready to train, from a checked base directory."""
+    def build(self, base: Path, settings: Settings, dataset: DatasetRef | None = None) -> nn.Module:
+        """A module ready to train, from a checked base directory. Of the dataset that it will learn, only a
+        recommender is built: it is one of these items."""
 
     def collate(self, rows: pa.Table, pad: int) -> Batch:
         """Rows → padded tensors on the CPU. `pad` is the padding token's id."""
@@ -192,6 +195,10 @@ class Task(Protocol):
     def tally(self, answers: pa.Table) -> dict[str, dict[str, int]]:
         """What such answers come to: counts by name, which add up over tables."""
 
+    def show(self, row: dict[str, Any], post: Callable[[str, dict[str, Any]], dict[str, Any]]) -> list[str]:
+        """Lines of what else the demo shows of the application that `post` asks, with a row of the test split; a task
+        without it shows no more."""
+
     def tell(self, row: dict[str, Any], reply: dict[str, Any], classes: list[str]) -> str:
         """The JSON reply to such a request beside the truth, in a line for people."""
 
@@ -206,8 +213,9 @@ def scores_files() -> list[str]:
     return [name for name in task_names() if hasattr(load_task(name), "score")]
 
 
-def judged(name: str) -> Literal["classes", "answers"]:
-    """What a task's models are judged by: the classes that they choose, or the answers that they write (`JUDGED`)."""
+def judged(name: str) -> Literal["classes", "answers", "rankings"]:
+    """What a task's models are judged by: the classes that they choose, the answers that they write, or where they
+    rank what comes next (`JUDGED`)."""
     return getattr(load_task(name), "JUDGED", "classes")
 
 
@@ -232,7 +240,7 @@ def learns_from_feedback() -> list[str]:
 
 def check_behaviours(settings: Settings) -> None:
     """Raises ConfigError where the models are judged by answers: what a behaviour tells of is a chosen class."""
-    if settings.evaluation.behaviours and judged(settings.task) == "answers":
+    if settings.evaluation.behaviours and judged(settings.task) != "classes":
         raise ConfigError(
             f"evaluation.behaviours: {settings.task} chooses no label that could change; leave them out"
         )

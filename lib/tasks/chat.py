@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from lib import chat_templates, dialogues, encoders
-from lib.artifacts import TaskFile
+from lib.artifacts import DatasetRef, TaskFile
 from lib.chat_templates import load_chat_tokenizer
 from lib.dialogues import MalformedError
 from lib.encoders import IGNORED
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lib.generation import Generator
     from lib.tasks import Batch, Outputs
 
+ROUTE = "/v1/chat/completions"
 PACKS = True
 JUDGED: Literal["classes", "answers"] = "answers"
 METRIC = "loss"
@@ -117,7 +118,7 @@ def encode(rows: pa.Table, model: ModelSettings) -> pa.Table:
     return rows.append_column("truncated", pa.array([e.truncated for e in encoded], pa.bool_()))
 
 
-def build(base: Path, settings: Settings) -> nn.Module:
+def build(base: Path, settings: Settings, dataset: DatasetRef | None = None) -> nn.Module:
     """The base model in fp32, with the attention that keeps the examples of a pack apart."""
     from lib import causal
 

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lib import encoders
+from lib.artifacts import DatasetRef
 from lib.errors import ModelError
 from lib.parts import PART, own
 from lib.settings import DataSettings, Settings
@@ -114,7 +115,7 @@ def _key(name: str) -> str:
     return f"part_{name}"
 
 
-def build(base: Path, settings: Settings) -> Shared:
+def build(base: Path, settings: Settings, dataset: DatasetRef | None = None) -> Shared:
     """The shared encoder with a fresh head for each part, in fp32."""
     return Shared({name: task.build(base, part) for name, task, part in _parts(settings)})
 

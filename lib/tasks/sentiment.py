@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from lib import encoders, heads
-from lib.artifacts import TaskFile, check_model_directory
+from lib.artifacts import DatasetRef, TaskFile, check_model_directory
 from lib.calibration import fit_temperature
 from lib.encoders import IGNORED, base_tokenizer, load_tokenizer, save, softmax
 from lib.errors import ConfigError
@@ -166,7 +166,7 @@ def tokenize(tokenizer: Tokenizer, texts: list[str]) -> tuple[list[np.ndarray], 
     return [np.asarray(e.ids, np.int32) for e in encodings], [bool(e.overflowing) for e in encodings]
 
 
-def build(base: Path, settings: Settings) -> nn.Module:
+def build(base: Path, settings: Settings, dataset: DatasetRef | None = None) -> nn.Module:
     """The encoder with a fresh classification head, in fp32."""
     from transformers import AutoModelForSequenceClassification
 

@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from lib import encoders, entities
+from lib.artifacts import DatasetRef
 from lib.base_models import base_directory
 from lib.calibration import fit_temperature
 from lib.encoders import IGNORED, load_tokenizer, save
@@ -188,7 +189,7 @@ def _base_tokenizer(base: str) -> Tokenizer:
     return whole(load_tokenizer(base_directory(base), 1))
 
 
-def build(base: Path, settings: Settings) -> nn.Module:
+def build(base: Path, settings: Settings, dataset: DatasetRef | None = None) -> nn.Module:
     """The encoder with a fresh classification head on every piece, in fp32."""
     from transformers import AutoModelForTokenClassification
 

@@ -26,7 +26,20 @@ from lib.training.packing import batches_of, deal, pack
 Indices = NDArray[np.int64]
 PACK = "pack"
 # Columns that only evaluation reads.
-NOT_TRAINED = ("id", "text", "tokens", "tags", "messages", "asked", "passages", "rejected_messages")
+NOT_TRAINED = (
+    "id",
+    "text",
+    "tokens",
+    "tags",
+    "messages",
+    "asked",
+    "passages",
+    "rejected_messages",
+    "user",
+    "fresh",
+    "item_names",
+    "item_titles",
+)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from lib.artifacts import DatasetRef, RunRef, TaskFile
 from lib.base_models import base_directory
 from lib.command import QUIET
 from lib.errors import DataError, ResourceError, unwrap
+from lib.recommender import vectors
 from lib.settings import Settings
 from lib.tasks import load_task, packs
 from lib.training import checkpoints, disk, loop, overrides, reference, trainable, windows
@@ -93,6 +94,8 @@ def train(
         )
     if reference.wanted(settings):
         dataset = reference.with_reference(settings, dataset)
+    if vectors.wanted(settings):
+        vectors.make(settings, dataset)
     checkpoints.mend_record(checkpoints.run_folder(run.ref, part))
     try:
         return _trainer(settings, dataset, run.ref, callbacks, part).fit()
@@ -208,7 +211,9 @@ def export(
     `best` is what was measured of the checkpoint."""
     task, base = load_task(settings.task), base_directory(settings.model.base)
     with checkpoint.as_directory() as folder:
-        model = restore(task.build(base, settings), base, settings.training, Path(folder), run.adapter_uri)
+        model = restore(
+            task.build(base, settings, dataset), base, settings.training, Path(folder), run.adapter_uri
+        )
     plain_attention(model)
     if settings.data.parts:
         export_parts(settings, dataset, run, model, best)

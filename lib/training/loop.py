@@ -62,7 +62,7 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         own = Own.share(folder, rank, world, state.world) if folder else Own()
         begin = state.position_for(world, folder) if folder else state.position
         coming = windows.Coming(manifest["splits"]["train"]["rows"], training, world, begin)
-        engine = start_engine(settings, state, folder, world)
+        engine = start_engine(settings, dataset, state, folder, world)
     state.world, state.position = world, begin
     task = load_task(settings.task)
     run = tracking.attach(ref) if rank == 0 else None
@@ -77,12 +77,14 @@ def train(config: dict[str, Any]) -> dict[str, Any]:
         disk.leave(training)
 
 
-def start_engine(settings: Settings, state: State, folder: str | None, world: int) -> Any:
+def start_engine(
+    settings: Settings, dataset: DatasetRef, state: State, folder: str | None, world: int
+) -> Any:
     """A DeepSpeed engine as it was when the checkpoint in `folder` was saved; a new one without."""
     seed, rank = settings.training.seed, dist.get_rank()
     # Ranks must not drop the same elements.
     if folder is None:
-        engine = build_engine(settings)
+        engine = build_engine(settings, dataset)
         torch.manual_seed(seed * 1000 + rank)
         return engine
     source = Path(folder)
@@ -97,7 +99,7 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
         if checkpoints.leads_node():
             zero.to_universal(Path(folder), source)
         dist.barrier()
-    engine = build_engine(settings, universal)
+    engine = build_engine(settings, dataset, universal)
     zero.load(engine, source)
     if universal:
         dist.barrier()
@@ -107,13 +109,14 @@ def start_engine(settings: Settings, state: State, folder: str | None, world: in
     return engine
 
 
-def build_engine(settings: Settings, universal: bool = False) -> Any:
+def build_engine(settings: Settings, dataset: DatasetRef, universal: bool = False) -> Any:
     """A DeepSpeed engine around the base model, what is not trained frozen; the same on every rank."""
     training, base = settings.training, base_directory(settings.model.base)
     torch.manual_seed(training.seed)
     disk.prepare(training)
     with zero.divided(training):
-        model = trainable.prepare(load_task(settings.task).build(base, settings), base, training)
+        model = load_task(settings.task).build(base, settings, dataset)
+        model = trainable.prepare(model, base, training)
     if not torch.cuda.is_available():
         use_fast_dropout(model)
     return zero.initialize(model, training, universal, base)

@@ -1,0 +1,240 @@
+"""What is on offer: a catalogue with vectors, to which items come while it is asked, and how an answer is chosen from it.
+
+Shapes: N items, W width.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lib.settings import OfferSettings
+
+GROWTH = 1.5
+WORD = re.compile(r"\w{3,}")
+# Items of the history that are named as a reason, and how alike one must be.
+REASONS, ALIKE = 2, 0.1
+# How much less an item of the history is a reason for each one that came after it.
+FADES = 0.98
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is known of an item, besides its vector."""
+
+    id: str
+    title: str
+    text: str = ""
+    categories: tuple[str, ...] = ()
+    """`COLUMN=value` each."""
+    numbers: tuple[float, ...] = ()
+    available: bool = True
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Items that may be shown: of one of the values of each column that is named, and inside the ranges."""
+
+    categories: dict[str, list[str]] = field(default_factory=dict)
+    numbers: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Place among the numbers → least and most."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """An item of an answer."""
+
+    row: int
+    score: float
+    probability: float
+    """Of being what the user turns to next, among all that may be shown."""
+    propensity: float
+    """How likely it was to be shown at this place, those before it being as they are; 1 without exploration."""
+
+
+class Shelf:
+    """Rows are never taken away: what is not on offer any more is not available. One thread may `put` while others ask:
+    they see an item when all of it is there."""
+
+    def __init__(self, items: Sequence[Item], vectors: np.ndarray, bias: np.ndarray) -> None:
+        self.items: list[Item] = []
+        self.row: dict[str, int] = {}
+        """Id → row."""
+        self._vectors, self._bias = vectors[:0].copy(), bias[:0].copy()
+        self._available = np.zeros(0, bool)
+        self._rows_of: dict[str, list[int]] = {}
+        self._numbers = np.zeros((0, max((len(i.numbers) for i in items), default=0)), np.float32)
+        self._changing = threading.Lock()
+        self.put(items, vectors, bias)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """float32 [N, W]."""
+        return self._vectors[: len(self.items)]
+
+    @property
+    def bias(self) -> np.ndarray:
+        """float32 [N]."""
+        return self._bias[: len(self.items)]
+
+    def put(self, items: Sequence[Item], vectors: np.ndarray, bias: np.ndarray) -> None:
+        """Add items, or replace those with the same id."""
+        with self._changing:
+            new = sum(item.id not in self.row for item in {item.id: item for item in items}.values())
+            self._grow(len(self.items) + new)
+            for item, vector, one in zip(items, vectors, bias, strict=True):
+                row = self.row.get(item.id, len(self.items))
+                self._vectors[row], self._bias[row] = vector, one
+                self._numbers[row, : len(item.numbers)] = item.numbers[: self._numbers.shape[1]]
+                self._available[row] = item.available
+                known = set(self.items[row].categories) if row < len(self.items) else set()
+                for name in known - set(item.categories):
+                    self._rows_of[name] = [r for r in self._rows_of[name] if r != row]
+                for name in set(item.categories) - known:
+                    self._rows_of[name] = (
+                        [*self._rows_of.get(name, []), row] if known else self._add(name, row)
+                    )
+                if row == len(self.items):
+                    self.items.append(item)
+                else:
+                    self.items[row] = item
+                self.row[item.id] = row
+
+    def _add(self, name: str, row: int) -> list[int]:
+        rows = self._rows_of.setdefault(name, [])
+        rows.append(row)
+        return rows
+
+    def _grow(self, size: int) -> None:
+        if size <= len(self._bias):
+            return
+        room = max(size, int(len(self._bias) * GROWTH))
+        for name in ("_vectors", "_bias", "_available", "_numbers"):
+            old = getattr(self, name)
+            larger = np.zeros((room, *old.shape[1:]), old.dtype)
+            larger[: len(old)] = old
+            setattr(self, name, larger)
+
+    def scores(self, users: np.ndarray) -> np.ndarray:
+        """float32 [B, N] for users [B, W]."""
+        count = len(self.items)
+        return np.asarray(users @ self._vectors[:count].T + self._bias[:count])
+
+    def allowed(self, filters: Filters, out: Iterable[int], count: int) -> np.ndarray:
+        """bool [count]: the first `count` items, but for those that are not available, filtered, or `out`."""
+        found = self._available[:count].copy()
+        for column, values in filters.categories.items():
+            inside = np.zeros(count, bool)
+            for value in values:
+                rows = np.array(self._rows_of.get(f"{column}={value}", []), np.int64)
+                inside[rows[rows < count]] = True
+            found &= inside
+        for place, (least, most) in filters.numbers.items():
+            own = self._numbers[:count, place]
+            found &= (own >= least) & (own <= most)
+        rows = np.fromiter(out, np.int64)
+        found[rows[rows < count]] = False
+        return found
+
+    def pick(
+        self,
+        scores: np.ndarray,
+        k: int,
+        rules: OfferSettings,
+        allowed: np.ndarray,
+        diversity: float,
+        random: np.random.Generator,
+    ) -> list[Pick]:
+        """At most `k` items by scores [N]; fewer where no more are `allowed` or the caps leave none."""
+        rows = np.flatnonzero(allowed)
+        if not len(rows):
+            return []
+        own = scores[rows].astype(np.float64)
+        size = min(len(rows), max(rules.pool, k))
+        best = np.argpartition(-own, size - 1)[:size]
+        best = best[np.argsort(-own[best], kind="stable")]
+        weights = np.exp(own - own[best[0]])
+        chances = weights[best] / weights.sum()
+        pool, worth = rows[best], own[best]
+        span = worth[0] - worth[-1]
+        relevance = (worth - worth[-1]) / span if span > 0 else np.ones(size)
+        vectors = self._vectors[pool]
+        vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        nearest, left = np.full(size, -1.0), np.ones(size, bool)
+        counts: dict[str, int] = {}
+        picks: list[Pick] = []
+        while len(picks) < k:
+            free = np.flatnonzero(left)
+            if not len(free):
+                break
+            value = relevance
+            if diversity and picks:
+                value = (1 - diversity) * relevance - diversity * nearest
+            chosen = greedy = int(free[np.argmax(value[free])])
+            if rules.explore and random.random() < rules.explore:
+                chosen = int(random.choice(free))
+            propensity = rules.explore / len(free) + (1 - rules.explore) * (chosen == greedy)
+            picks.append(
+                Pick(int(pool[chosen]), float(worth[chosen]), float(chances[chosen]), float(propensity))
+            )
+            left[chosen] = False
+            if diversity:
+                nearest = np.maximum(nearest, vectors @ vectors[chosen])
+            if rules.caps:
+                self._close(pool, left, int(pool[chosen]), rules.caps, counts)
+        return picks
+
+    def _close(
+        self, pool: np.ndarray, left: np.ndarray, row: int, caps: dict[str, int], counts: dict[str, int]
+    ) -> None:
+        """Take what a cap forbids from now on out of the pool."""
+        for name in self.items[row].categories:
+            cap = caps.get(name.partition("=")[0])
+            counts[name] = counts.get(name, 0) + 1
+            if cap is not None and counts[name] >= cap:
+                left &= np.array([name not in self.items[r].categories for r in pool.tolist()])
+
+    def similar(self, row: int, k: int, allowed: np.ndarray) -> list[tuple[int, float]]:
+        """Rows of the items most like that of `row` among those allowed, and the cosine of their vectors."""
+        count = len(allowed)
+        vectors = self._vectors[:count]
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(vectors[row])
+        cosines = np.where(allowed, vectors @ vectors[row] / np.maximum(norms, 1e-12), -np.inf)
+        cosines[row] = -np.inf
+        best = np.argsort(-cosines, kind="stable")[:k]
+        return [(int(r), float(cosines[r])) for r in best if np.isfinite(cosines[r])]
+
+    def reason(self, row: int, history: Sequence[int]) -> tuple[list[int], list[str]]:
+        """Rows of the history whose items are most like an item, the latest counting most; and the words and values that
+        it has in common with them."""
+        if not history:
+            return [], []
+        rows = list(dict.fromkeys(reversed(history)))
+        vectors = self._vectors[rows]
+        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(self._vectors[row])
+        cosines = vectors @ self._vectors[row] / np.maximum(norms, 1e-12)
+        worth = cosines * FADES ** np.arange(len(rows))
+        order = [int(i) for i in np.argsort(-worth, kind="stable")[:REASONS] if cosines[i] > ALIKE]
+        because = [rows[i] for i in order]
+        item = self.items[row]
+        own = _words(item)
+        common = [
+            *(
+                name.partition("=")[2]
+                for name in item.categories
+                if any(name in self.items[r].categories for r in because)
+            ),
+            *(word for word in own if any(word in _words(self.items[r]) for r in because)),
+        ]
+        return because, list(dict.fromkeys(common))
+
+
+def _words(item: Item) -> list[str]:
+    return [word.lower() for word in WORD.findall(item.title)]

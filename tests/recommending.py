@@ -1,0 +1,117 @@
+"""A small catalogue and people with habits, as a dataset of `lib.data.recommend` leaves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lib import storage
+from lib.artifacts import SPLITS, DatasetRef
+from lib.encoders import base_tokenizer, lists
+from lib.recommender.items import Scale
+from lib.settings import Settings
+from tests.conftest import WORDS
+
+ITEMS = 24
+GENRES = ["old", "new", "odd"]
+
+
+def settings_for(base: Path | str, training: dict[str, Any] | None = None, **recommender: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "name": "films",
+            "task": "recommend",
+            "data": {
+                "source": "unused.csv",
+                "items": {"source": "unused.csv", "numbers": ["year"]},
+                "users": {"source": "unused.csv", "numbers": ["age"]},
+            },
+            "model": {
+                "base": str(base),
+                "max_length": 16,
+                "recommender": {"width": 8, "text": "none", **recommender},
+            },
+            "training": {"cpus_per_worker": 0.5, "precision": "fp32", **(training or {})},
+            "serving": {"engine": "torch", "precision": "fp32", "threads": 1},
+        }
+    )
+
+
+def item_rows(base: Path, count: int = ITEMS, seen: int | list[int] = 5) -> pa.Table:
+    """Titles of two words, a genre or none, and a price that is not always known."""
+    titles = [f"{WORDS[i % len(WORDS)]} {WORDS[(i * 7 + 3) % len(WORDS)]}" for i in range(count)]
+    encoded = base_tokenizer(str(base), 16).encode_batch(titles)
+    ids, lengths = lists([np.array(one.ids, np.int32) for one in encoded])
+    prices = np.where(np.arange(count) % 5 == 4, np.nan, np.arange(count))
+    return pa.table(
+        {
+            "item": [f"film-{i}" for i in range(count)],
+            "title": titles,
+            "text": titles,
+            "categories": pa.array(
+                [[f"genre={GENRES[i % 3]}"] if i % 4 else [] for i in range(count)], pa.list_(pa.string())
+            ),
+            "numbers": pa.array([[price] for price in prices], pa.list_(pa.float32(), 1)),
+            "input_ids": ids,
+            "length": lengths,
+            "interactions": pa.array([seen] * count if isinstance(seen, int) else seen, pa.int32()),
+        }
+    )
+
+
+def sequences(rows: list[tuple[list[int], int]], fresh: bool = False, seed: int = 0) -> pa.Table:
+    """Of (items, targets): an interaction an hour, of either event, by users of two towns."""
+    random = np.random.default_rng(seed)
+    items, lengths = lists([np.array(row, np.int32) for row, _ in rows])
+
+    def beside(make: Any) -> list[list[Any]]:
+        return [make(len(row)) for row, _ in rows]
+
+    return pa.table(
+        {
+            "id": [f"{i:016x}" for i in range(len(rows))],
+            "user": [f"user-{i}" for i in range(len(rows))],
+            "items": items,
+            "times": pa.array(beside(lambda n: (np.arange(n) * 3600).tolist()), pa.list_(pa.int64())),
+            "events": pa.array(beside(lambda n: random.integers(0, 2, n).tolist()), pa.list_(pa.int16())),
+            "weights": pa.array(
+                beside(lambda n: random.choice([0.5, 2.0], n).tolist()), pa.list_(pa.float32())
+            ),
+            "targets": pa.array([targets for _, targets in rows], pa.int32()),
+            "fresh": [fresh] * len(rows),
+            "length": lengths,
+            "user_categories": pa.array(
+                [[i % 2] if i % 3 else [] for i in range(len(rows))], pa.list_(pa.int32())
+            ),
+            "user_numbers": pa.array([[float(i % 3 - 1)] for i in range(len(rows))], pa.list_(pa.float32())),
+        }
+    )
+
+
+def dataset_of(
+    items: pa.Table, splits: dict[str, pa.Table], fingerprint: str = "0123456789abcdef"
+) -> DatasetRef:
+    """Published in the storage of the test."""
+    ref = DatasetRef("films", fingerprint)
+    with storage.publish(ref.uri) as folder:
+        for name, rows in {"items": items, **splits}.items():
+            (folder / name).mkdir()
+            half = len(rows) // 2
+            pq.write_table(rows.slice(0, half), folder / name / "part-00000.parquet")
+            pq.write_table(rows.slice(half), folder / name / "part-00001.parquet")
+        manifest = {
+            "name": ref.name,
+            "fingerprint": fingerprint,
+            "labels": [],
+            "slices": [],
+            "events": ["view", "buy"],
+            "users_known": {"categories": ["town=a", "town=b"], "numbers": vars(Scale([40.0], [10.0]))},
+            "items": {"rows": len(items)},
+            "splits": {name: {"rows": len(splits[name]) if name in splits else 0} for name in SPLITS},
+        }
+        storage.write_json(str(folder / "manifest.json"), manifest)
+    return ref
