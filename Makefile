@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 # Of the demo; each goes through the whole line, in this order.
-CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml
+CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/movies.yaml
 # PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
@@ -23,7 +23,7 @@ $(VENV)/ready: requirements.lock
 	$(BIN)/python -m pip install --no-deps --progress-bar on -r requirements.lock
 	touch $@
 
-demo: setup  ## the main job: reviews and dialogues in, fine-tuned models served, sentiment and grounded chat
+demo: setup  ## the main job: reviews, dialogues and ratings in, served models out: sentiment, grounded chat, recommendations
 	$(BIN)/python -m cluster.local up
 	set -e; for config in $(CONFIG); do $(BIN)/python -m jobs.pipeline --config $$config; done
 
@@ -55,7 +55,7 @@ format: setup  ## put the code into its one form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -retrieval, -ner, -phrasebank (DATA=DIR): side by side with a rival
+bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -retrieval, -recommend, -ner, -phrasebank (DATA=DIR): side by side with a rival
 	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))
 
 lock: setup  ## resolve pyproject.toml anew into requirements.lock

@@ -332,7 +332,7 @@ def job(settings: Settings) -> None:
     print(f"  API docs  {url}/docs")
     task = served_as(settings)
     example = load_task(task).Request.model_json_schema()["examples"][0]
-    path = "/v1/chat/completions" if task == "chat" else f"/v1/{task}"
+    path = getattr(load_task(task), "ROUTE", f"/v1/{task}")
     print(f"  try it    curl -s {url}{path} -H 'content-type: application/json' -d '{json.dumps(example)}'")
 
 

@@ -95,6 +95,7 @@ def test_readme_configurations_are_valid() -> None:
     assert found == {
         "tickets": ["angry", "calm", "happy"],
         "orders": ["O", "B-SKU", "I-SKU", "B-COLOUR", "I-COLOUR"],
+        "wares": [],
         "helpdesk": [],
     }
 
