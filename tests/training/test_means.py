@@ -12,7 +12,7 @@ from ray.train import Checkpoint
 
 from lib import storage as files
 from lib import tracking
-from lib.artifacts import RunRef
+from lib.artifacts import DatasetRef, RunRef
 from lib.settings import Settings
 from lib.tasks import load_task
 from lib.training import checkpoints
@@ -27,7 +27,8 @@ def answers(values: dict[str, Any], shard: str, to: Path, seed: int) -> torch.Te
     from lib.training import loop
 
     settings = Settings.model_validate(values)
-    engine, task = loop.build_engine(settings), load_task(settings.task)
+    dataset = DatasetRef(settings.name, "unread")
+    engine, task = loop.build_engine(settings, dataset), load_task(settings.task)
     batch = task.collate(pq.read_table(shard).slice(0, 8), 0)
     balance = dict.fromkeys(settings.data.label_names, 1.0)
     for _ in range(3):
