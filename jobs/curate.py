@@ -4,7 +4,8 @@
 
 Takes the events of the application that have feedback which teaches something: a label, a correction, a preferred
 answer, or a rating of 0.5 and more, which confirms the answer that was given. The same rows make the same file. A
-configuration of the task `preference` makes pairs of a chat application's events (`--curation.application support`).
+configuration of the task `preference` makes pairs of a chat application's events (`--curation.application support`), and one
+of `recommend` a file of what users did (POST /v1/interactions), with the columns of its own source.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ def curate(settings: Settings) -> None:
         )
     task, application = load_task(settings.task), settings.curation.application or settings.name
     since = time.time() - settings.curation.days * 86_400 if settings.curation.days else 0.0
+    if hasattr(task, "gathered"):
+        lines = [
+            json.dumps(row, ensure_ascii=False) for row in task.gathered(application, since, settings.data)
+        ]
+        if not lines:
+            raise DataError(
+                f"nobody did anything that {application} was told; it comes by POST /v1/interactions"
+            )
+        path = write(lines, settings)
+        print(f"next         python -m jobs.preprocess --config … --data.format jsonl --data.source {path}")
+        return
     counts: Counter[str] = Counter()
     rows: dict[str, None] = {}  # in the order of their events, each once
     columns: dict[str, None] = {}
@@ -50,17 +62,23 @@ def curate(settings: Settings) -> None:
             f"no feedback on {application} teaches anything; it comes by POST /v1/feedback with label, correction, "
             "preferred or rating"
         )
-    content = "".join(f"{line}\n" for line in rows).encode()
-    name = f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    path = storage.join(storage.root(), "curated", settings.name, name)
-    storage.write_bytes(path, content)
-    print(f"written to   {path}   ({len(rows):,} rows)")
+    path = write(list(rows), settings)
     words = [f"--data.source {path}", *(f"--data.columns.{column} {column}" for column in columns)]
     if settings.data.label_names:
         words.append(f"--data.labels '[{', '.join(settings.data.label_names)}]'")
     if settings.data.slices:
         words.append("--data.slices {}")
     print(f"next         python -m jobs.preprocess --config … {' '.join(words)}")
+
+
+def write(lines: list[str], settings: Settings) -> str:
+    """Rows as a file, named by what is in it; where it lies."""
+    content = "".join(f"{line}\n" for line in lines).encode()
+    name = f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
+    path = storage.join(storage.root(), "curated", settings.name, name)
+    storage.write_bytes(path, content)
+    print(f"written to   {path}   ({len(lines):,} rows)")
+    return path
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,17 @@ def history(application: str, user: str, most: int, engine: Engine | None = None
     query = query.order_by(columns.time.desc(), columns.id.desc()).limit(most)
     with (engine or database.engine()).connect() as db:
         return [Interaction(*row) for row in reversed(db.execute(query).all())]
+
+
+def since(application: str, begin: float, engine: Engine | None = None) -> Iterator[Interaction]:
+    """All from a time on, in the order in which they happened."""
+    columns = INTERACTIONS.c
+    query = select(columns.user, columns.item, columns.event, columns.time, columns.id)
+    query = query.where(columns.application == application, columns.time >= begin)
+    query = query.order_by(columns.time, columns.id)
+    with (engine or database.engine()).connect() as db:
+        for row in db.execution_options(yield_per=TOGETHER).execute(query):
+            yield Interaction(*row)
 
 
 def put_items(application: str, items: dict[str, dict[str, Any]], engine: Engine | None = None) -> None:

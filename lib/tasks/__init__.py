@@ -10,7 +10,7 @@ Shapes: B rows in a batch, T tokens in its longest row, C classes.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
@@ -177,6 +177,10 @@ class Task(Protocol):
         """Rows of a source, under default names of columns, that an event and what was said of it teach
         (`lib.events.read`). A task without it learns nothing from feedback."""
 
+    def gathered(self, application: str, begin: float, data: DataSettings) -> Iterator[dict[str, Any]]:
+        """Rows of the source that `data` names, of what an application was told since a time; of a task that learns from
+        what users do, and not from what they say of answers."""
+
     def input_columns(self, data: DataSettings, present: Collection[str]) -> dict[str, str]:
         """Name here → column of the source, of those that a request is made of: no label is needed to score.
 
@@ -234,8 +238,13 @@ def is_good(feedback: dict[str, Any]) -> bool:
 
 
 def learns_from_feedback() -> list[str]:
-    """Tasks with a `from_feedback(event)`, which makes rows of a source of an event and what was said of it."""
-    return [name for name in task_names() if hasattr(load_task(name), "from_feedback")]
+    """Tasks with a `from_feedback(event)`, which makes rows of a source of an event and what was said of it, or with
+    `gathered`, which makes them of what users did."""
+    return [
+        name
+        for name in task_names()
+        if any(hasattr(load_task(name), learning) for learning in ("from_feedback", "gathered"))
+    ]
 
 
 def check_behaviours(settings: Settings) -> None:

@@ -10,7 +10,7 @@ Shapes: B rows, L interactions in the longest, N items, M that are foretold.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -312,6 +312,21 @@ def _with_reason(one: dict[str, Any]) -> str:
     reason = one["reason"]
     told = [named["title"] for named in reason["because"]] + reason["words"]
     return str(one["title"]) + (f" (as {', '.join(told)})" if told else "")
+
+
+def gathered(application: str, begin: float, data: DataSettings) -> Iterator[dict[str, Any]]:
+    """What users did since `begin`, as rows of the source that `data` names: one more file of it. What was sent to the
+    application showed interest, so where there are ratings it has the least that does."""
+    from lib.recommender import store
+
+    named = data.columns
+    for one in store.since(application, begin):
+        row: dict[str, Any] = {named.user: one.user, named.item: one.item, named.time: one.time}
+        if named.event is not None:
+            row[named.event] = one.event
+        if named.value is not None:
+            row[named.value] = data.interactions.least_value
+        yield row
 
 
 def show(row: dict[str, Any], post: Callable[[str, dict[str, Any]], dict[str, Any]]) -> list[str]:

@@ -124,3 +124,33 @@ def test_what_teaches_nothing_is_one_line(storage: Path) -> None:
         ConfigError, match=r"task tagging learns nothing from feedback \(those that do: chat, "
     ):
         curate(use("nowhere", "tagging"))
+
+
+def test_what_users_did_is_one_more_file_of_the_source(
+    database: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lib.recommender import store
+    from lib.recommender.store import Interaction
+
+    data = {
+        "source": "nowhere.csv",
+        "columns": {"user": "who", "item": "sku", "time": "at", "value": "stars", "event": "did"},
+        "items": {"source": "nowhere.csv"},
+        "interactions": {"least_value": 4},
+    }
+    settings = use("nowhere", "recommend", data=data)
+    with pytest.raises(DataError, match=r"nobody did anything that shop was told; .* POST /v1/interactions"):
+        curate(settings)
+    now = int(time.time())
+    store.add("shop", [Interaction("u", "b", "buy", now), Interaction("u", "a", "view", now - 90_000)])
+    store.add("other", [Interaction("u", "z", "buy", now)])
+    curate(settings)
+    path, rows = curated(capsys)
+    assert rows == [
+        {"who": "u", "sku": "a", "at": now - 90_000, "did": "view", "stars": 4.0},
+        {"who": "u", "sku": "b", "at": now, "did": "buy", "stars": 4.0},
+    ]
+    curate(use("nowhere", "recommend", data=data, curation={"days": 1}))
+    again, latest = curated(capsys)
+    assert latest == rows[1:]
+    assert again != path
