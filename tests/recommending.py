@@ -10,9 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lib import storage
-from lib.artifacts import SPLITS, DatasetRef
+from lib.artifacts import SPLITS, DatasetRef, ModelRef, TaskFile
 from lib.encoders import base_tokenizer, lists
+from lib.recommender import items as catalogue
+from lib.recommender import vectors
 from lib.recommender.items import Scale
+from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from tests.conftest import WORDS
 
@@ -115,3 +118,30 @@ def dataset_of(
         }
         storage.write_json(str(folder / "manifest.json"), manifest)
     return ref
+
+
+def publish_films(base: Path, settings: Settings) -> None:
+    """films@1: random weights, large enough that what somebody did counts."""
+    import torch
+
+    from lib.tasks import recommend
+
+    ref = dataset_of(item_rows(base, seen=[0, *[5] * (ITEMS - 1)]), {})
+    encode = vectors.Encode(settings)
+    with storage.publish_from_workers(vectors.uri_of(settings, ref)) as scratch:
+        for shard in catalogue.shards(ref):
+            encode.shard(shard, storage.join(scratch, vectors.name_of(shard)))
+    torch.manual_seed(0)
+    model = recommend.build(base, settings, ref).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    info = TaskFile("recommend", [], 16, str(base), ref.fingerprint)
+    with storage.publish(ModelRef("films", 1).uri) as folder:
+        recommend.save(model, base, info, folder)
+        files = {
+            str(path.relative_to(folder)): storage.checksum(str(path))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        storage.write_json(str(folder / VERSION_FILE), {"files": files})

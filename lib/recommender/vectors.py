@@ -57,7 +57,7 @@ def make(settings: Settings, dataset: DatasetRef) -> str:
     actor = ray.remote(Encode).options(num_cpus=training.cpus_per_worker, num_gpus=training.gpus_per_worker)
     pool = ActorPool([actor.remote(settings) for _ in range(workers)])
     with storage.publish_from_workers(uri) as scratch:
-        parts = [(shard, storage.join(scratch, _name(shard))) for shard in shards]
+        parts = [(shard, storage.join(scratch, name_of(shard))) for shard in shards]
         for _ in pool.map_unordered(lambda a, part: a.shard.remote(*part), parts):
             pass
     return uri
@@ -72,12 +72,13 @@ def read(settings: Settings, dataset: DatasetRef) -> np.ndarray:
         )
     parts = []
     for shard in items.shards(dataset):
-        with storage.open_file(storage.join(uri, _name(shard))) as file:
+        with storage.open_file(storage.join(uri, name_of(shard))) as file:
             parts.append(np.load(io.BytesIO(file.read()), allow_pickle=False))
     return np.concatenate(parts)
 
 
-def _name(shard: str) -> str:
+def name_of(shard: str) -> str:
+    """The file of the vectors of a shard of items."""
     return shard.rsplit("/", 1)[-1].replace(".parquet", ".npy")
 
 

@@ -35,7 +35,7 @@ from lib.registry import VERSION_FILE
 from lib.settings import Settings
 from tests.bench.report import Report
 
-APPLICATIONS = ("sentiment", "tagging", "chat")
+APPLICATIONS = ("sentiment", "tagging", "recommend", "chat")
 ROUND = 500
 """Made requests of each operation in one run of schemathesis; the seed is another for each, and memory is looked at
 in between."""
@@ -154,6 +154,13 @@ def deployed(application: str, base: Path, port: int) -> str:
         data = {"source": "nowhere.csv", "labels": ["PER", "LOC"]}
         values = {"name": "names", "task": "tagging", "data": data, "model": {"base": "nowhere"}}
         return deploy(Settings.model_validate(values | {"serving": serving}))
+    if application == "recommend":
+        from tests.recommending import publish_films, settings_for
+
+        settings = settings_for(base, text="frozen")
+        publish_films(base, settings)
+        serving = limits | {"model": "films@1", "route_prefix": "/films"}
+        return deploy(Settings.model_validate(settings.model_dump(mode="json") | {"serving": serving}))
     from tests.serve import test_chat
 
     ref = test_chat.publish_chat(1)

@@ -13,42 +13,14 @@ import pytest
 
 from cluster.ingress import free_port
 from lib import storage
-from lib.artifacts import ModelRef, TaskFile
+from lib.artifacts import ModelRef
 from lib.errors import ConfigError
-from lib.recommender import items as catalogue
-from lib.recommender import vectors
-from lib.registry import VERSION_FILE
 from lib.settings import ServingSettings, Settings
 from lib.tasks import recommend
-from tests.recommending import ITEMS, dataset_of, item_rows, settings_for
+from tests.recommending import ITEMS, item_rows, publish_films, settings_for
 from tests.serve.conftest import Endpoint, key
 
 PATH = "/v1/recommendations"
-
-
-def publish(base: Path, settings: Settings) -> None:
-    """films@1: random weights, large enough that what somebody did counts."""
-    import torch
-
-    ref = dataset_of(item_rows(base, seen=[0, *[5] * (ITEMS - 1)]), {})
-    encode = vectors.Encode(settings)
-    with storage.publish_from_workers(vectors.uri_of(settings, ref)) as scratch:
-        for shard in catalogue.shards(ref):
-            encode.shard(shard, storage.join(scratch, vectors._name(shard)))
-    torch.manual_seed(0)
-    model = recommend.build(base, settings, ref).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3)
-    info = TaskFile("recommend", [], 16, str(base), ref.fingerprint)
-    with storage.publish(ModelRef("films", 1).uri) as folder:
-        recommend.save(model, base, info, folder)
-        files = {
-            str(path.relative_to(folder)): storage.checksum(str(path))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        storage.write_json(str(folder / VERSION_FILE), {"files": files})
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +45,7 @@ def films(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, ray_cluster
             "recommend": {"block": ["film-5"]},
         }
         settings = Settings.model_validate(settings.model_dump(mode="json") | {"serving": serving})
-        publish(tiny_base, settings)
+        publish_films(tiny_base, settings)
         yield Endpoint(deploy(settings), settings, key())
         ray_serve.shutdown()
 
