@@ -238,6 +238,8 @@ class TaskFile:
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Head → its `labels` and `temperature`, in the order of the outputs; empty for a model of one head."""
     format: int = 1
+    new_bias: float = 0.0
+    """recommend: what is added to the scores of items that training has not seen, fitted on the validation split."""
     chat_template: str | None = None
     """chat: what `model.chat_template` named; the template itself lies with the tokenizer."""
 

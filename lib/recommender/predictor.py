@@ -145,7 +145,7 @@ class Predictor:
             self.embedder.vectors(rows["text"].to_pylist()) if self.shape.text_width else None,
         )
         vectors, bias = self.model.with_facts(facts).item_vectors(torch.arange(len(rows)))
-        return vectors.numpy(), bias.numpy()
+        return vectors.numpy(), bias.numpy() + np.float32(self.info.new_bias)
 
     def over(self, rows: pa.Table) -> Predictor:
         """The same model over another catalogue: items that it knows keep their vectors."""
@@ -189,6 +189,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
     if not files:
         raise ModelError(f"{folder} holds no items-*.parquet; it was not exported by python -m jobs.finetune")
     rows = pa.concat_tables([pq.read_table(file) for file in files])
+    is_new = rows["interactions"].to_numpy() == 0
     shape = replace(Shape.read(folder / "config.json"), items=0)
     width = len(shape.item_numbers["mean"])
     none = np.zeros(0, np.int64)
@@ -208,7 +209,7 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
         model.eval(),
         rows.drop_columns(["vector", "bias"]),
         vectors,
-        rows["bias"].to_numpy(),
+        rows["bias"].to_numpy() + info.new_bias * is_new.astype(np.float32),
         folder,
         serving,
     )

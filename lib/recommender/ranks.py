@@ -6,9 +6,13 @@ otherwise (Krichene and Rendle 2020, https://doi.org/10.1145/3394486.3403226).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 CUT = 10
+BIAS_ENDS = 20.0
 
 
 def rank(scores: np.ndarray, target: int, had: np.ndarray) -> float:
@@ -43,3 +47,74 @@ def figures(ranks: np.ndarray) -> dict[str, float]:
         "ndcg_10": float(gains(ranks).mean()),
         "mrr": float((1 / ranks).mean()),
     }
+
+
+# How many items of the other kind are looked at: whoever stands behind so many is far from every list.
+OTHERS = 64
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item stands, before it is known how much less likely new items are than what is said of them tells.
+
+    Items are of two kinds: those that training has seen, and new ones."""
+
+    own: float
+    """Its rank among its own kind."""
+    others: np.ndarray
+    """float32 [OTHERS]: by how much the best of the other kind are above it; -inf where there are no more."""
+    new: bool
+    mass: float
+    """Log of the odds that what comes is new."""
+
+
+def place(scores: np.ndarray, target: int, had: np.ndarray, known: np.ndarray) -> Place:
+    """As `rank`, of scores [N]; `known` bool [N] says which items training has seen."""
+    left = scores.astype(np.float64)
+    left[had[had != target]] = -np.inf
+    own, same = left[target], known == known[target]
+    ahead = left[~same] - own
+    ahead = -np.sort(-ahead)[:OTHERS]
+    others = np.full(OTHERS, -np.inf, np.float32)
+    others[: len(ahead)] = ahead
+    mine = left[same]
+    among = 1 + (mine > own).sum() + ((mine == own).sum() - 1) / 2
+    return Place(float(among), others, not known[target], _log_sum(left[~known]) - _log_sum(left[known]))
+
+
+def stacked(places: Sequence[Place]) -> dict[str, np.ndarray]:
+    """Arrays of M places."""
+    return {
+        "own": np.array([one.own for one in places], np.float64),
+        "others": np.array([one.others for one in places], np.float32).reshape(-1, OTHERS),
+        "new": np.array([one.new for one in places], bool),
+        "mass": np.array([one.mass for one in places], np.float64),
+    }
+
+
+def fit_new_bias(places: dict[str, np.ndarray]) -> float:
+    """What to add to the scores of new items, so that as many are expected as came: their scores say how well they suit, and
+    not how seldom anybody turns to something new. 0 where there is no new item."""
+    mass = places["mass"][np.isfinite(places["mass"])]
+    if not len(mass):
+        return 0.0
+    wanted = (places["new"].sum() + 0.5) / (len(mass) + 1)
+    low, high = -BIAS_ENDS, BIAS_ENDS
+    for _ in range(60):  # the expected share rises with the bias
+        middle = (low + high) / 2
+        share = (1 / (1 + np.exp(-(mass + middle)))).mean()
+        low, high = (middle, high) if share < wanted else (low, middle)
+    return float((low + high) / 2)
+
+
+def ranked(places: dict[str, np.ndarray], bias: float) -> np.ndarray:
+    """Ranks float64 [M] where new items have `bias` added."""
+    shift = np.where(places["new"], -bias, bias)[:, None]
+    ahead = places["others"] + shift
+    return np.asarray(places["own"] + (ahead > 0).sum(1) + (ahead == 0).sum(1) / 2)
+
+
+def _log_sum(values: np.ndarray) -> float:
+    """log Σ exp; -inf of none."""
+    top = values.max(initial=-np.inf)
+    return float(top + np.log(np.exp(values - top).sum())) if np.isfinite(top) else -np.inf

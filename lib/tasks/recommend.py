@@ -169,7 +169,8 @@ def weight(rows: pa.Table, settings: Settings, balance: dict[str, float]) -> flo
 def loss(
     model: nn.Module, batch: Batch, settings: Settings, balance: dict[str, float]
 ) -> tuple[torch.Tensor, Outputs]:
-    """Weighted cross-entropy of the choice, summed over what is foretold; in evaluation `ranks` float64 [M].
+    """Weighted cross-entropy of the choice, summed over what is foretold; in evaluation
+    what `lib.recommender.ranks.place` says of each that is foretold.
 
     Items that training never saw are no choice while it learns: that nobody took them says nothing of them.
     """
@@ -216,13 +217,14 @@ def loss(
     if learning:
         return total, {}
     table, scores = batch["items"].cpu().numpy(), logits.cpu().numpy()
+    known = unwrapped(model).known.cpu().numpy()
     window, column = np.nonzero(asked.cpu().numpy())
     ends = start[window] + column + 1
-    found = [
-        ranks.rank(score, int(label), table[row[w], :end])
+    places = [
+        ranks.place(score, int(label), table[row[w], :end], known)
         for score, label, w, end in zip(scores, labels.cpu().numpy(), window, ends, strict=True)
     ]
-    return total, {"ranks": np.array(found, np.float64)}
+    return total, ranks.stacked(places)
 
 
 def _asked(lengths: np.ndarray, targets: np.ndarray, history: int | None) -> np.ndarray:
@@ -281,7 +283,9 @@ def draw(model: Recommender, labels: torch.Tensor, count: int) -> tuple[torch.Te
 
 
 def metrics(outputs: Outputs) -> dict[str, float]:
-    return ranks.figures(outputs["ranks"])
+    """Figures of the ranks, and the `new_bias` that they are with."""
+    bias = ranks.fit_new_bias(outputs)
+    return ranks.figures(ranks.ranked(outputs, bias)) | {"new_bias": bias}
 
 
 def save(model: nn.Module, base: Path, info: TaskFile, folder: Path) -> None:

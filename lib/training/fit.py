@@ -257,6 +257,7 @@ def task_file(settings: Settings, dataset: str, best: dict[str, float]) -> TaskF
         case_markers=settings.model.case_markers,
         chat_template=settings.model.chat_template,
         temperature=best.get("temperature", 1.0),
+        new_bias=best.get("new_bias", 0.0),
         heads={
             name: {"labels": head.label_names, "temperature": best.get(f"{name}/temperature", 1.0)}
             for name, head in settings.data.heads.items()

@@ -4,8 +4,9 @@
     python -m tests.bench.fuzz --cases 500 --seed 1 --applications sentiment
 
 The applications are real, on Ray Serve behind HAProxy, with keys and events on; the models are tiny and random, since it
-is what stands before them that is tried. All of schemathesis' checks are on, but for `chat` the one that wants every
-request of the schema's form accepted: OpenAI's form does not say what numbers a temperature may have.
+is what stands before them that is tried. All of schemathesis' checks are on, but for `chat` and `recommend` the one that wants
+every request of the schema's form accepted: OpenAI's form does not say what numbers a temperature may have, and which columns
+may be filtered by is the served model's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ expected-statuses = [400, 401, 403, 404, 405, 406, 408, 409, 413, 415, 422, 428,
 """
 SECONDS = 20
 """An answer that takes longer is a hang."""
-OPEN_SCHEMAS = ("chat",)
+OPEN_SCHEMAS = ("chat", "recommend")
 
 
 @dataclass

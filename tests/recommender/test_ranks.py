@@ -43,3 +43,44 @@ def test_figures_by_hand() -> None:
     assert found["mrr"] == pytest.approx((1 + 1 / 3 + 1 / 10 + 1 / 11) / 4)
     assert ranks.figures(np.zeros(0)) == {"hr_10": 0.0, "ndcg_10": 0.0, "mrr": 0.0}
     assert ranks.hits(np.array([11.0]), 50).tolist() == [1.0]
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(-3, 3), st.floats(0, 1))
+def test_a_place_gives_the_rank_for_any_bias_of_new_items(seed: int, bias: float, share: float) -> None:
+    random = np.random.default_rng(seed)
+    scores = random.normal(size=40).round(1)
+    known, target = random.random(40) > share, int(random.integers(40))
+    had = random.integers(0, 40, 5)
+    place = ranks.place(scores, target, had, known)
+    # In tenths, so that ties stay ties.
+    tenths = round(bias * 10)
+    shifted = np.rint(scores * 10) + np.where(known, 0, tenths)
+    expected = ranks.rank(shifted, target, had)
+    told = ranks.ranked(ranks.stacked([place]), 0.0 if known.all() else tenths / 10)
+    others = np.where(np.abs(place.others + (-tenths if place.new else tenths) / 10) < 1e-4)[0]
+    assert abs(told[0] - expected) <= len(others) / 2
+
+
+def test_only_the_best_of_the_other_kind_are_looked_at() -> None:
+    scores = np.arange(200, dtype=np.float64)
+    known = np.arange(200) % 2 == 0
+    (rank,) = ranks.ranked(ranks.stacked([ranks.place(scores, 0, NOTHING, known)]), 0.0)
+    assert rank == 100 + ranks.OTHERS
+    (rank,) = ranks.ranked(ranks.stacked([ranks.place(scores, 150, NOTHING, known)]), 0.0)
+    assert rank == ranks.rank(scores, 150, NOTHING) == 50
+
+
+def test_the_bias_of_new_items_is_what_makes_as_many_expected_as_came() -> None:
+    random = np.random.default_rng(0)
+    known = np.arange(100) >= 30
+    truth = -2.0
+    places = []
+    for _ in range(4000):
+        scores = random.normal(size=100)
+        chances = np.exp(scores + np.where(known, 0, truth))
+        places.append(ranks.place(scores, int(random.choice(100, p=chances / chances.sum())), NOTHING, known))
+    stacked = ranks.stacked(places)
+    assert ranks.fit_new_bias(stacked) == pytest.approx(truth, abs=0.2)
+    better = ranks.figures(ranks.ranked(stacked, truth))["ndcg_10"]
+    assert better > ranks.figures(ranks.ranked(stacked, 0.0))["ndcg_10"]
+    assert ranks.fit_new_bias(ranks.stacked([ranks.place(np.arange(3.0), 0, NOTHING, np.ones(3, bool))])) == 0

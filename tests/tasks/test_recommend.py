@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def test_loss_is_the_weighted_choice_among_all_and_batches_add_up(storage: Path,
                 **{name: batch[name] for name in ("user_categories", "user_starts", "user_numbers")},
             )
             chosen = torch.log_softmax(users[0, -1] @ items.T + bias, 0)[row["items"][place]]
-            expected -= float(chosen) * row["weights"][place]
+            expected -= chosen.item() * row["weights"][place]
             weights += row["weights"][place]
     assert total.item() == pytest.approx(expected, rel=1e-4)
     assert recommend.weight(rows, settings, {}) == pytest.approx(weights)
@@ -106,7 +107,7 @@ def test_training_learns_from_the_latest_of_a_long_history(storage: Path, tiny_b
     assert float(loss.detach()) == pytest.approx(float(same.detach()), rel=1e-5)
     with torch.no_grad():
         whole, outputs = recommend.loss(model, recommend.collate(rows, 0), settings, {})
-    assert len(outputs["ranks"]) == 11
+    assert len(outputs["own"]) == 11
     assert float(whole) > float(loss.detach())
 
 
@@ -138,8 +139,10 @@ def test_ranks_leave_out_what_was_had(storage: Path, tiny_base: Path) -> None:
                 )
             scores = (users[0, -1] @ items.T + bias).numpy()
             found.append(ranks.rank(scores, row["items"][place], np.array(row["items"][:place])))
-    assert outputs["ranks"].tolist() == found
-    assert recommend.metrics(outputs) == ranks.figures(np.array(found))
+    assert ranks.ranked(outputs, 0.0).tolist() == pytest.approx(found)
+    figures = recommend.metrics(outputs)
+    assert figures.pop("new_bias") == 0  # there is no new item
+    assert figures == ranks.figures(np.array(found))
 
 
 def test_drawn_items_hold_the_labels_and_are_corrected_by_how_likely_they_were(
@@ -208,6 +211,17 @@ def test_a_model_directory_answers_as_the_model_did(
     np.testing.assert_allclose(found, last.numpy(), atol=1e-5)
     np.testing.assert_allclose(predictor.scores(found), (last @ vectors.T + bias).numpy(), atol=1e-4)
     assert predictor.rows["item"].to_pylist() == [f"film-{i}" for i in range(ITEMS)]
+
+
+def test_new_items_have_the_bias_that_validation_told(storage: Path, tiny_base: Path, tmp_path: Path) -> None:
+    _, predictor = export(tiny_base, tmp_path / "model")
+    info = TaskFile.read(tmp_path / "model")
+    dataclasses.replace(info, new_bias=-1.5).write(tmp_path / "model")
+    changed = recommend.load(tmp_path / "model", ServingSettings())
+    np.testing.assert_allclose(changed.bias[0], predictor.bias[0] - 1.5, atol=1e-5)  # training never saw it
+    np.testing.assert_array_equal(changed.bias[1:], predictor.bias[1:])
+    rows = item_rows(tiny_base).slice(3, 2)
+    np.testing.assert_allclose(changed.new_items(rows)[1], predictor.new_items(rows)[1] - 1.5, atol=1e-5)
 
 
 def test_another_catalogue_keeps_what_is_known_and_reads_what_is_new(
