@@ -66,7 +66,7 @@ class InteractionSettings(Section):
     one moment for validation and after a later one for test, so that `data.split` has its shares."""
     refit: bool = False
     """Training learns what is to be foreseen in validation too, and only test is held out: for a last run, when the other has
-    told the number of steps (`training.max_steps`). Validation tells nothing then."""
+    told the number of steps (`training.max_steps`) and `model.recommender.new_bias`. Validation tells nothing then."""
     new_items: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of items that training never sees, for figures of what is new in the catalogue."""
     new_users: Share = 0.0

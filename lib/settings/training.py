@@ -37,6 +37,8 @@ class RecommenderSettings(Section):
     """Of the user's vector."""
     time_gaps: bool = True
     """Whether the model is told how long after the one before each interaction came."""
+    new_bias: float | None = None
+    """Added to the scores of items that training has not seen; None: fitted on the validation split."""
     sampled: Annotated[int, Field(ge=0)] = 0
     """0: softmax over the whole catalogue; else over what is foreseen in the batch and so many items drawn by
     popularity, corrected for how likely each was to be there (Yi et al. 2019)."""

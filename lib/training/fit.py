@@ -248,6 +248,7 @@ def export_parts(
 
 def task_file(settings: Settings, dataset: str, best: dict[str, float]) -> TaskFile:
     """task.json of a model that was trained on the dataset of this fingerprint."""
+    own = settings.model.recommender
     return TaskFile(
         task=settings.task,
         labels=load_task(settings.task).classes(settings.data),
@@ -257,7 +258,7 @@ def task_file(settings: Settings, dataset: str, best: dict[str, float]) -> TaskF
         case_markers=settings.model.case_markers,
         chat_template=settings.model.chat_template,
         temperature=best.get("temperature", 1.0),
-        new_bias=best.get("new_bias", 0.0),
+        new_bias=best.get("new_bias", 0.0) if own.new_bias is None else own.new_bias,
         heads={
             name: {"labels": head.label_names, "temperature": best.get(f"{name}/temperature", 1.0)}
             for name, head in settings.data.heads.items()

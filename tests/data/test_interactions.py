@@ -137,6 +137,16 @@ def test_what_is_foreseen_comes_after_everything_that_is_known(
     }
 
 
+def test_a_last_run_learns_what_validation_asked_and_test_alone_is_held_out() -> None:
+    interactions = made([(0, item, item) for item in range(1, 6)])
+    usual = divide(interactions, data(), hashes(1), hashes(9, 1))
+    last = divide(interactions, data(refit=True), hashes(1), hashes(9, 1))
+    assert items_of(interactions, usual["train"]) == [([1, 2, 3], 2)]
+    assert items_of(interactions, last["train"]) == [([1, 2, 3, 4], 3)]
+    for split in ("validation", "test"):
+        assert items_of(interactions, last[split]) == items_of(interactions, usual[split])
+
+
 def test_too_many_new_users_are_refused() -> None:
     with pytest.raises(ValueError, match=r"new_users must be at most 0\.5"):
         data(new_users=0.9)
