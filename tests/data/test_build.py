@@ -155,7 +155,7 @@ def test_the_same_input_gives_the_same_bytes(
     assert len(first) > 6
     # With other machines: other concurrency, and Ray Data merging blocks where it can.
     files.remove(planned.ref.uri)
-    monkeypatch.setattr(passes, "_parallel_tasks", lambda: 1)
+    monkeypatch.setattr(passes, "parallel_tasks", lambda: 1)
     monkeypatch.setattr(passes, "RAY_BLOCK_BYTES", 128 << 20)
     build(plan(settings(tiny_base, str(source))))
     assert contents(planned.ref.uri) == first
