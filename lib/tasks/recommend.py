@@ -216,13 +216,13 @@ def loss(
     total = (losses * weights).sum()
     if learning:
         return total, {}
-    table, scores = batch["items"].cpu().numpy(), logits.cpu().numpy()
-    known = unwrapped(model).known.cpu().numpy()
     window, column = np.nonzero(asked.cpu().numpy())
-    ends = start[window] + column + 1
+    ends = zip(row[window].tolist(), (start[window] + column + 1).tolist(), strict=True)
+    histories = [batch["items"][r, :end].cpu().numpy() for r, end in ends]
+    known = unwrapped(model).known.cpu().numpy()
     places = [
-        ranks.place(score, int(label), table[row[w], :end], known)
-        for score, label, w, end in zip(scores, labels.cpu().numpy(), window, ends, strict=True)
+        ranks.place(score, int(label), had, known)
+        for score, label, had in zip(logits.cpu().numpy(), labels.cpu().numpy(), histories, strict=True)
     ]
     return total, ranks.stacked(places)
 
