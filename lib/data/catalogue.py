@@ -56,7 +56,7 @@ def prepare(rows: dict[str, pa.Array], table: TableSettings) -> tuple[pa.Table, 
     found["numbers"] = (
         pa.FixedSizeListArray.from_arrays(flat, len(table.numbers))
         if table.numbers
-        else pa.nulls(len(ids), pa.list_(pa.float32(), 0))
+        else pa.array([[]] * len(ids), pa.list_(pa.float32()))
     )
     first = min(malformed, default=None)
     return pa.table(found), None if first is None else (first, malformed[first])
