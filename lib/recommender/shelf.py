@@ -15,7 +15,7 @@ import numpy as np
 from lib.settings import OfferSettings
 
 GROWTH = 1.5
-WORD = re.compile(r"\w{3,}")
+WORD = re.compile(r"\w{4,}")
 # Items of the history that are named as a reason, and how alike one must be.
 REASONS, ALIKE = 2, 0.1
 # How much less an item of the history is a reason for each one that came after it.
