@@ -17,10 +17,11 @@ from lib import registry, storage, tracking
 from lib.artifacts import DatasetRef, ModelRef, RunRef
 from lib.command import connect, main
 from lib.direction import lower_is_better
-from lib.errors import ConfigError, GateError, nearest
+from lib.errors import ConfigError, GateError
 from lib.evaluation import before_after, chat, rankings
 from lib.evaluation import report as files
 from lib.evaluation.classification import Measured, Subject, lead
+from lib.evaluation.deciding import deciding
 from lib.evaluation.metrics import DECIDING
 from lib.evaluation.scoring import read_task, score
 from lib.evaluation.several import measure_heads
@@ -31,14 +32,11 @@ from lib.tasks import judged
 
 
 def promote(settings: Settings) -> None:
-    metric, known = settings.promotion.metric, list(DECIDING)
+    known = list(DECIDING)
     if (kind := judged(settings.task)) != "classes":
         known = list(chat.MAY_DECIDE if kind == "answers" else rankings.MAY_DECIDE)
     known += [f"{head}/{name}" for head in settings.data.heads for name in DECIDING]
-    if metric is not None and metric not in known:
-        raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, known)} (known: {', '.join(known)})"
-        )
+    deciding(settings, known[0], known)
     run = tracking.find_run(settings, "finetune", settings.promotion.run, tag="evaluated")
     if run.ref.name != settings.name:
         raise ConfigError(

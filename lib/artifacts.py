@@ -5,6 +5,7 @@
     runs/RUN_ID/adapter/         RunRef       its LoRA or DoRA adapter alone, as PEFT reads it
     runs/RUN_ID/evaluation/      EvalReport   report.json, report.html, *.png
     models/NAME/VERSION/         ModelRef     a registered model version; never changes
+    vectors/NAME/FINGERPRINT/                 what an encoder makes of a catalogue's texts (lib.recommender.vectors)
     indexes/NAME/FINGERPRINT/    IndexRef     a knowledge base: manifest.json and a Lance table; never changes
     indexes/NAME/current.json                 which version of it is read
 

@@ -48,7 +48,7 @@ from vllm.sampling_params import SamplingParams
 
 from lib import registry
 from lib.artifacts import ModelRef, TaskFile, check_model_directory
-from lib.errors import ConfigError, RequestError, ResourceError
+from lib.errors import ConfigError, ResourceError
 from lib.registry import parse_reference
 from lib.settings import ServingSettings
 from lib.settings.sections import Positive
@@ -59,7 +59,7 @@ from serve.adapters import BASE, Adapters, Names, adapter_arguments, base_of
 from serve.admission import admit
 from serve.chat_forms import check, engine_error, formed, narrowed_by, refused, unanswerable
 from serve.grounding import Grounding
-from serve.http import STARTING, Ready, create_app, request_id
+from serve.http import STARTING, Ready, UnknownError, create_app, request_id
 from serve.observing import observe
 from serve.recording import record
 from serve.scaling import TOKENS, UNBOUNDED, ingresses, size
@@ -81,10 +81,6 @@ class FullError(ResourceError):
 
 class StartingError(ResourceError):
     code = STARTING
-
-
-class UnknownModelError(RequestError):
-    http_status = 404
 
 
 class Engine(LLMServer):
@@ -200,7 +196,7 @@ class Chat(OpenAiIngress):
                 return BASE, BASE
         elif self._ref is not None and (model is None or model in self._names):
             return self._ref.name, str(self._ref)
-        raise UnknownModelError(
+        raise UnknownError(
             f"no model {model!r} here (there are: {', '.join(self._names)})",
             param="model",
             code="model_not_found",

@@ -8,20 +8,25 @@ A client's mistake is a 4xx; a replica without a model is a 503 with Retry-After
 and shows nothing of it.
 """
 
+import asyncio
 import logging
 import re
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 
-from lib.errors import RequestError, WhorlError
+from lib.errors import RequestError, StorageError, WhorlError
 
 logger = logging.getLogger("ray.serve")
+
+T = TypeVar("T")
 
 RETRY_AFTER_S = 5
 # The code of a 503 that goes away by itself.
@@ -35,6 +40,12 @@ PLAINER = {
     "model_attributes_type": "must be a JSON object, sent with content-type: application/json",
 }
 REQUEST_ID = re.compile(r"^[\x21-\x7e]{1,128}$")
+
+
+class UnknownError(RequestError):
+    """What a request names is not here."""
+
+    http_status = 404
 
 
 class ErrorDetail(BaseModel):
@@ -111,6 +122,14 @@ def request_id(request: Request) -> str:
             code="invalid_request_id",
         )
     return found
+
+
+async def of_database(what: str, call: Callable[..., T], *arguments: Any) -> T:
+    """Database work, off the event loop. Raises StorageError when the database, which holds `what`, is away."""
+    try:
+        return await asyncio.to_thread(call, *arguments)
+    except SQLAlchemyError as error:
+        raise StorageError(f"the database of {what} does not answer now; try again") from error
 
 
 def error_response(

@@ -7,7 +7,6 @@ it, and were two to do it at once, each alert would still be raised once.
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations as types.
 
-import asyncio
 import logging
 import threading
 import time
@@ -28,7 +27,7 @@ from lib.opinions.tables import Alert, Opinion
 from lib.settings import MonitoringSettings, ServingSettings
 from lib.tasks import sentiment as task
 from serve import metrics
-from serve.http import request_id
+from serve.http import of_database, request_id
 from serve.opinion_forms import (
     AlertResponse,
     AlertsResponse,
@@ -112,7 +111,7 @@ def take_opinions(app: FastAPI, replica: Answering, rules: MonitoringSettings, a
         answers, state.tokens, ref = await replica.answer([document.text for document in documents])
         state.model = str(ref)
         found = [_opinion(*row, rules) for row in zip(documents, times, answers, strict=True)]
-        new = await _of_database(store.add, application, found, rules.negative)
+        new = await of_database("opinions", store.add, application, found, rules.negative)
         metrics.current().count("whorl_opinions_total", new)
         results = [
             Scored(**answer.model_dump(), id=one.id, topic=one.topic or None)
@@ -134,8 +133,17 @@ def take_opinions(app: FastAPI, replica: Answering, rules: MonitoringSettings, a
         minutes = bucket_minutes or rules.bucket_minutes
         step, width = minutes * 60, max(1, round(rules.window_hours * 60 / minutes))
         begin, end = _range(since, until, step)
-        found = await _of_database(
-            store.trends, application, begin, end, step, width, _clean(entity), _clean(topic), limit
+        found = await of_database(
+            "opinions",
+            store.trends,
+            application,
+            begin,
+            end,
+            step,
+            width,
+            _clean(entity),
+            _clean(topic),
+            limit,
         )
         return TrendsResponse(
             since=_time(begin),
@@ -154,18 +162,10 @@ def take_opinions(app: FastAPI, replica: Answering, rules: MonitoringSettings, a
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> AlertsResponse:
         first, last = (given and given.timestamp() for given in (since, until))
-        found = await _of_database(
-            watch.alerts, application, _clean(entity), _clean(topic), first, last, limit
+        found = await of_database(
+            "opinions", watch.alerts, application, _clean(entity), _clean(topic), first, last, limit
         )
         return AlertsResponse(alerts=[_alert(*row) for row in found])
-
-
-async def _of_database(call: Any, *arguments: Any) -> Any:
-    """Database work, off the event loop. Raises StorageError when the database is away."""
-    try:
-        return await asyncio.to_thread(call, *arguments)
-    except SQLAlchemyError as error:
-        raise StorageError("the database of opinions does not answer now; try again") from error
 
 
 def _seconds(document: Document) -> int:

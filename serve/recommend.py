@@ -24,16 +24,15 @@ from typing import Annotated, Any, TypeVar
 from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel, ValidationError
 from ray import serve as ray_serve
-from sqlalchemy.exc import SQLAlchemyError
 
-from lib.errors import ConfigError, RequestError, StorageError
+from lib.errors import ConfigError, RequestError
 from lib.recommender import forms, store
 from lib.recommender.forms import Did, Refused
 from lib.recommender.store import Interaction
 from lib.settings import ServingSettings
 from serve.access import guard
 from serve.admission import Places, admit
-from serve.http import create_app, request_id
+from serve.http import UnknownError, create_app, of_database, request_id
 from serve.observing import observe
 from serve.recommending import Known, Model
 from serve.recording import record
@@ -45,12 +44,6 @@ logger = logging.getLogger("ray.serve")
 AHEAD_S = 86_400
 
 F = TypeVar("F", bound=BaseModel)
-
-
-class UnknownItemError(RequestError):
-    """No such item."""
-
-    http_status = 404
 
 
 @ray_serve.deployment(name="Recommend")
@@ -87,8 +80,9 @@ def answer_with(app: FastAPI, replica: Recommend) -> None:
 
     async def of(model: Model, who: forms.Who) -> Known:
         if who.user_id is not None:
-            most = model.shape.recommender.history
-            done = await _of_database(store.history, replica.application, who.user_id, most)
+            # All of them, of which the model reads the latest: what was had long ago is not shown again either.
+            asked = (replica.application, who.user_id, forms.MOST_HISTORY)
+            done = await of_database("interactions", store.history, *asked)
         else:
             done = _told(who.history or [])
         return await model.known(who, done)
@@ -119,7 +113,7 @@ def answer_with(app: FastAPI, replica: Recommend) -> None:
             told = head(request, loaded)
             row = loaded.model.shelf.row.get(item)
             if row is None:
-                raise UnknownItemError(f"no item {item[:200]!r} here", param="item", code="item_not_found")
+                raise UnknownError(f"no item {item[:200]!r} here", param="item", code="item_not_found")
             results = await asyncio.to_thread(loaded.model.similar, row, k)
             return forms.SimilarResponse(results=results, **told)
 
@@ -137,7 +131,7 @@ def take_with(app: FastAPI, replica: Recommend) -> None:
                 forms.InteractionForm,
                 lambda form: _interaction(form, now, model.shape.events),
             )
-            new = await _of_database(store.add, replica.application, good)
+            new = await of_database("interactions", store.add, replica.application, good)
             unknown = list(dict.fromkeys(one.item for one in good if one.item not in model.shelf.row))
             return forms.InteractionsResponse(
                 taken=len(good), new=new, unknown=unknown, refused=refused, request_id=told["request_id"]
@@ -150,7 +144,7 @@ def take_with(app: FastAPI, replica: Recommend) -> None:
             good, refused = _each(body.items, forms.ItemForm, lambda form: _known_numbers(form, model))
             content = {form.item: form.model_dump(mode="json", exclude={"item"}) for form in good}
             if content:
-                await _of_database(store.put_items, replica.application, content)
+                await of_database("interactions", store.put_items, replica.application, content)
                 await asyncio.to_thread(model.look)
             return forms.ItemsResponse(taken=len(good), refused=refused, request_id=told["request_id"])
 
@@ -221,14 +215,6 @@ def _told(history: list[str | Did]) -> list[Interaction]:
                 raise RequestError(f"{name} is {what}", param=name, code="invalid_time")
         found.append(Interaction("", did.item, did.event or "", at))
     return found
-
-
-async def _of_database(call: Any, *arguments: Any) -> Any:
-    """Database work, off the event loop. Raises StorageError when the database is away."""
-    try:
-        return await asyncio.to_thread(call, *arguments)
-    except SQLAlchemyError as error:
-        raise StorageError("the database of interactions does not answer now; try again") from error
 
 
 def application(args: ServingSettings) -> ray_serve.Application:

@@ -58,7 +58,11 @@ class Model:
         self._computing = threading.Lock()
         self._seen = 0
         self._told: dict[str, dict[str, Any]] = {}
-        self.look()
+        self._looking = threading.Lock()
+        if self.shape.text_width:
+            # Now: the folder may be a copy that goes when this is loaded, and no client is to wait for it.
+            _ = self.predictor.embedder.encoder
+        self._try_to_look()
         self.batcher = LengthBatcher(
             self._users, INTERACTIONS_AT_ONCE, INTERACTIONS_AT_ONCE, metrics.current().batch
         )
@@ -73,21 +77,25 @@ class Model:
 
     def _work(self) -> None:
         while not self._ended.wait(LOOK_EVERY_S):
-            try:
-                self.look()
-            except (SQLAlchemyError, StorageError) as error:
-                logger.warning("new items are taken when the database is back: %s", type(error).__name__)
-            except Exception:
-                logger.exception("taking new items failed; it is tried again")
+            self._try_to_look()
+
+    def _try_to_look(self) -> None:
+        try:
+            self.look()
+        except (SQLAlchemyError, StorageError) as error:
+            logger.warning("new items are taken when the database is back: %s", type(error).__name__)
+        except Exception:
+            logger.exception("taking new items failed; it is tried again")
 
     def look(self) -> None:
         """Take items that came or changed."""
-        found, self._seen = store.changed_items(self._application, self._seen)
-        changed = {item: said for item, said in found.items() if self._told.get(item) != said}
-        if not changed:
-            return
-        self.put([forms.ItemForm.model_validate({"item": item, **said}) for item, said in changed.items()])
-        self._told |= changed
+        with self._looking:
+            found, self._seen = store.changed_items(self._application, self._seen)
+            changed = {item: said for item, said in found.items() if self._told.get(item) != said}
+            if changed:
+                items = changed.items()
+                self.put([forms.ItemForm.model_validate({"item": item, **said}) for item, said in items])
+                self._told |= changed
 
     def put(self, given: Sequence[forms.ItemForm]) -> None:
         items = [self._item(form) for form in given]
@@ -102,9 +110,8 @@ class Model:
             vectors, bias = self.predictor.new_items(rows)
         for place, item in enumerate(items):
             row = self.shelf.row.get(item.id)
-            if row is not None and self._says_the_same(
-                row, item
-            ):  # its id has learned more than its text says
+            # Its id has learned more than its text says.
+            if row is not None and self._says_the_same(row, item):
                 vectors[place], bias[place] = self.shelf.vectors[row], self.shelf.bias[row]
         self.shelf.put(items, vectors, bias)
 
@@ -145,7 +152,7 @@ class Model:
             numbers,
         )
         if kept:
-            (vector,) = await self.batcher.results([Waiting(history)])  # type: ignore[list-item]
+            (vector,) = await self.batcher.results([Waiting(history, self.shape.recommender.history)])  # type: ignore[list-item]
         else:
             vector = await asyncio.to_thread(self._of_nobody, history)
         return Known([row for row, _ in kept], vector, list(dict.fromkeys(unknown)))
@@ -253,9 +260,10 @@ class Waiting:
     """A history in the batcher's queue, as long as what is read of it."""
 
     history: History
+    most: int
 
     def __len__(self) -> int:
-        return len(self.history.items)
+        return min(len(self.history.items), self.most)
 
 
 def _standard(values: np.ndarray) -> np.ndarray:

@@ -12,11 +12,12 @@ from lib import likelihood, storage
 from lib.artifacts import DatasetRef
 from lib.base_models import base_directory
 from lib.encoders import IGNORED
-from lib.errors import ConfigError, DataError, ModelError, nearest
+from lib.errors import ConfigError, DataError, ModelError
 from lib.evaluation import chat, judge
 from lib.evaluation.answering import Prompt, ask, load_tokenizer, read_columns
 from lib.evaluation.chat import BASE, DECIDING, MAY_DECIDE, Asked
 from lib.evaluation.classification import MODEL, Measured, Subject
+from lib.evaluation.deciding import deciding as deciding_of
 from lib.evaluation.nearest import Nearest
 from lib.evaluation.nearest import nearest as look_up
 from lib.evaluation.scoring import read_task
@@ -28,12 +29,7 @@ FEATURES = ("id", "length", "messages", "passages", "input_ids", "labels")
 
 def deciding(settings: Settings) -> str:
     """The metric by which a chat model is promoted. Raises ConfigError for one that cannot decide."""
-    metric = settings.promotion.metric or DECIDING
-    if metric not in MAY_DECIDE:
-        raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, MAY_DECIDE)} "
-            f"(known: {', '.join(MAY_DECIDE)})"
-        )
+    metric = deciding_of(settings, DECIDING, MAY_DECIDE)
     if metric == "grounded" and not settings.data.grounded:
         raise ConfigError("promotion.metric: grounded needs dialogues with passages; set data.grounded")
     return metric

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from lib import storage
 from lib.artifacts import DatasetRef, EvalReport
-from lib.errors import ConfigError, DataError, nearest
+from lib.errors import DataError
 from lib.evaluation.classification import MODEL, Measured, Subject
+from lib.evaluation.deciding import deciding
 from lib.evaluation.intervals import Additive, bootstrap_sums, interval
 from lib.recommender import items as catalogue
 from lib.recommender import ranks, rivals
@@ -48,17 +49,6 @@ class Ranked:
     first: np.ndarray
     """int64 [M, K]: numbers of the items that it recommends, best first."""
     seconds: float
-
-
-def deciding(settings: Settings) -> str:
-    """The metric by which a recommender is promoted. Raises ConfigError for one that cannot decide."""
-    metric = settings.promotion.metric or DECIDING
-    if metric not in MAY_DECIDE:
-        raise ConfigError(
-            f"promotion.metric: {metric!r} cannot decide{nearest(metric, MAY_DECIDE)} "
-            f"(known: {', '.join(MAY_DECIDE)})"
-        )
-    return metric
 
 
 def asked(rows: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
@@ -140,16 +130,21 @@ def _translation(manifest: dict[str, Any], shape: Any) -> Callable[[dict[str, An
 def rival_scorers(dataset: DatasetRef) -> dict[str, Scorer]:
     """The baselines, fitted on the training split."""
     counts = catalogue.read(dataset, ["interactions"])["interactions"].to_numpy()
-    sequences: list[np.ndarray] = []
-    for shard in dataset.shards("train"):
-        with storage.open_file(shard) as file:
-            column = pq.read_table(file, columns=["items"])["items"].combine_chunks()
-        sequences += [np.asarray(row.values, np.int64) for row in column]
-    transitions = rivals.Transitions.fit(sequences, len(counts))
+    transitions = rivals.Transitions.fit(sequences_of(dataset), len(counts))
     return {
         POPULARITY: lambda known: rivals.popularity(counts, [k["items"] for k in known]),
         TRANSITIONS: lambda known: transitions.scores([k["items"] for k in known]),
     }
+
+
+def sequences_of(dataset: DatasetRef) -> list[np.ndarray]:
+    """Items int64 of each row of the training split, in order."""
+    found: list[np.ndarray] = []
+    for shard in dataset.shards("train"):
+        with storage.open_file(shard) as file:
+            column = pq.read_table(file, columns=["items"])["items"].combine_chunks()
+        found += [np.asarray(row.values, np.int64) for row in column]
+    return found
 
 
 def read_split(dataset: DatasetRef, split: str) -> pa.Table:
@@ -167,7 +162,7 @@ def measure(
     subject: Subject, model_uri: str, dataset: DatasetRef, settings: Settings, split: str = "test"
 ) -> Measured:
     """Rank the split with the model and the baselines. Raises ConfigError, DataError, ModelError."""
-    metric = deciding(settings)
+    metric = deciding(settings, DECIDING, MAY_DECIDE)
     rows = read_split(dataset, split)
     known, targets, places = asked(rows)
     scorers = {MODEL: model_scorer(model_uri, dataset, settings.serving), **rival_scorers(dataset)}
@@ -194,7 +189,7 @@ def report(
     users = np.asarray(names.indices, np.int64)
     intervals, differences = _intervals(ranked, users, usual, metric, settings.evaluation.bootstrap)
     figures = {
-        name: ranks.figures(one.ranks[usual]) | _lists(one.first[usual], seen, items, dataset)
+        name: ranks.figures(one.ranks[usual]) | _lists(one.first[usual], seen, items)
         for name, one in ranked.items()
     }
     table = pa.table(
@@ -279,7 +274,7 @@ def lead(candidate: Measured, rival: Measured, resamples: int, metric: str) -> t
     return (value, *interval(drawn["0"] - drawn["1"]))
 
 
-def _lists(first: np.ndarray, seen: np.ndarray, items: pa.Table, dataset: DatasetRef) -> dict[str, float]:
+def _lists(first: np.ndarray, seen: np.ndarray, items: pa.Table) -> dict[str, float]:
     """What the lists [M, K] are like: `coverage_10`, the share of the catalogue that anybody is shown; `novelty_10`, mean
     self-information of the items in bits (Zhou et al. 2010, https://doi.org/10.1073/pnas.1000488107); `popularity_10`,
     mean share of the catalogue that is seen less often; `diversity_10`, mean share of categories that two items of a

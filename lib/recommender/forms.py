@@ -162,11 +162,9 @@ class ItemForm(Form):
     """false takes it off the shelf."""
 
 
-class Batch(Form):
+class InteractionsRequest(Form):
     """Each is looked at by itself: the good ones are taken, the bad ones told."""
 
-
-class InteractionsRequest(Batch):
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={"examples": [{"interactions": [{"user_id": "u1", "item": "50", "id": "e1"}]}]},
@@ -175,7 +173,9 @@ class InteractionsRequest(Batch):
     """Of the form {user_id, item, event, time, id}."""
 
 
-class ItemsRequest(Batch):
+class ItemsRequest(Form):
+    """As InteractionsRequest."""
+
     model_config = ConfigDict(
         extra="forbid",
         json_schema_extra={"examples": [{"items": [{"item": "new-1", "title": "Space Kittens"}]}]},

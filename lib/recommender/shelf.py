@@ -98,19 +98,12 @@ class Shelf:
                 for name in known - set(item.categories):
                     self._rows_of[name] = [r for r in self._rows_of[name] if r != row]
                 for name in set(item.categories) - known:
-                    self._rows_of[name] = (
-                        [*self._rows_of.get(name, []), row] if known else self._add(name, row)
-                    )
+                    self._rows_of.setdefault(name, []).append(row)
                 if row == len(self.items):
                     self.items.append(item)
                 else:
                     self.items[row] = item
                 self.row[item.id] = row
-
-    def _add(self, name: str, row: int) -> list[int]:
-        rows = self._rows_of.setdefault(name, [])
-        rows.append(row)
-        return rows
 
     def _grow(self, size: int) -> None:
         if size <= len(self._bias):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Engine, Index, String, Table, Text, func, select
+from sqlalchemy import BigInteger, Column, Engine, Index, String, Table, Text, select
 
 from lib import database
 from lib.opinions.tables import inserting
@@ -128,13 +128,3 @@ def changed_items(
     with (engine or database.engine()).connect() as db:
         rows = db.execute(query).all()
     return {item: json.loads(content) for item, content, _ in rows}, max([since, *(row[2] for row in rows)])
-
-
-def counts(application: str, engine: Engine | None = None) -> dict[str, int]:
-    """Item → how often anybody did something with it."""
-    columns = INTERACTIONS.c
-    query = (
-        select(columns.item, func.count()).where(columns.application == application).group_by(columns.item)
-    )
-    with (engine or database.engine()).connect() as db:
-        return {item: int(count) for item, count in db.execute(query).all()}

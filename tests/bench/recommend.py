@@ -30,7 +30,7 @@ from lib.command import connect
 from lib.data.build import build
 from lib.data.plan import plan
 from lib.evaluation import rankings
-from lib.evaluation.rankings import Ranked, Scorer, asked, rank, read_split
+from lib.evaluation.rankings import Ranked, Scorer, asked, rank, read_split, sequences_of
 from lib.recommender import items as catalogue
 from lib.recommender import ranks
 from lib.settings import Settings, load_settings
@@ -98,11 +98,6 @@ class Als:
         given = self._of([one["items"] for one in known])
         users = self.model.recalculate_user(np.arange(len(known)), given)
         return np.asarray(users @ self.model.item_factors.T)
-
-
-def sequences_of(dataset: DatasetRef) -> list[np.ndarray]:
-    column = read_split(dataset, "train")["items"].combine_chunks()
-    return [np.asarray(row.values, np.int64) for row in column]
 
 
 def trained(settings: Settings, dataset: DatasetRef) -> Scorer:
