@@ -134,13 +134,22 @@ def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("wide-llama"), **size)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("offload", ["optimizer", "all"])
-def test_a_disk_gives_what_the_host_does(offload: str, pair: Ranks, wide_llama: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def async_io() -> None:
+    """DeepSpeed's operator, compiled before ranks are asked to answer within some minutes: that takes longer."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("libaio's headers are not installed")
+    disk._build()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("offload", ["optimizer", "all"])
+def test_a_disk_gives_what_the_host_does(
+    offload: str, async_io: None, pair: Ranks, wide_llama: Path, tmp_path: Path
+) -> None:
     deepspeed = {
         "zero_optimization": {"stage3_param_persistence_threshold": 8, "sub_group_size": 300_000},
     }
