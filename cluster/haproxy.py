@@ -11,11 +11,16 @@ Serve takes HAProxy for up when the `Pid` that its admin socket tells (`show inf
 process listens at the socket's path, hands each command on to HAProxy's own (the path with `.own` after it) and says
 its own pid. Reloads work as without it: the next one takes the listening sockets over (`-x`) and ends this one's child by
 its signal (`-sf`). Of Python's own library alone, since it runs before anything else of Whorl does.
+
+HAProxy tries a request again (`retry-on`) only if all of it had come when its first part was sent on, and many clients
+send the body apart: so it waits for the body, or for as much of it as its buffer holds. Whoever lets it wait, or sends
+what is no request, gets the error that Whorl's applications have for it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -31,6 +36,17 @@ from pathlib import Path
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, signal.SIGTTIN)
 ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
+RETRYING = re.compile(r"^(\s*)option redispatch .*$", re.MULTILINE)
+BODY_TIMEOUT_S = 20
+ERRORS = {
+    400: ("Bad Request", "this is no HTTP/1.1 request", "invalid_request_error", "invalid_request"),
+    408: (
+        "Request Timeout",
+        f"the request did not come whole within {BODY_TIMEOUT_S} s",
+        "invalid_request_error",
+        "body_timeout",
+    ),
+}
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # before there are threads, whose locks a fork would keep
 # One that dies as often as that is left to Serve, which says so in its log.
@@ -124,12 +140,24 @@ class Supervisor:
         mine = self._config.with_name(f"{self._config.name}.supervised")
         # Serve lets every user of the machine command its HAProxy: not here.
         text = ADMIN.sub(lambda at: f"{at[1]}{own_socket(at[2])} mode 600", self._config.read_text())
+        text = RETRYING.sub(lambda at: "\n".join([at[0], *(at[1] + line for line in self._defaults())]), text)
         with open(f"{mine}.{os.getpid()}", "w") as file:
             file.write(text)
         os.replace(file.name, mine)
         words = [str(mine) if word == str(self._config) else word for word in self._words]
         self._child = subprocess.Popen([self._binary, *words, *more], preexec_fn=dies_with_parent)
         return self._child
+
+    def _defaults(self) -> list[str]:
+        """Lines for the configuration's `defaults`; writes what they name."""
+        lines = ["option http-buffer-request", f"timeout http-request {BODY_TIMEOUT_S}s"]
+        for status, (reason, message, kind, code) in ERRORS.items():
+            body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
+            file = self._config.with_name(f"{self._config.name}.{status}.http")
+            head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+            file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
+            lines.append(f"errorfile {status} {file}")
+        return lines
 
     def _wait_until_up(self, child: subprocess.Popen[bytes]) -> bool:
         """False when it ended before."""

@@ -23,6 +23,11 @@ def environment() -> dict[str, str]:
         # routes may be asked twice under one request id. Not more often, since a request may be what kills them.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
         "RAY_SERVE_HAPROXY_RETRIES": "2",
+        # A replica that takes no connection is asked no more until it does: three are allowed by default, so that all
+        # tries may go to one that is dead.
+        "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",
+        # By default an ingress that does not start within 5 s is killed and started anew, and a busy machine has none.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     }
 
 

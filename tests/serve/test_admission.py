@@ -168,8 +168,10 @@ def test_a_killed_haproxy_is_there_again_without_serve(url: str) -> None:
     assert [process.name() for process in supervisor.children()] == ["haproxy"]
 
 
+@pytest.mark.parametrize("count", [2, 1])
 @pytest.mark.parametrize("ingress", ["HAProxy", "Serve's proxy"])
-def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress: str) -> None:
+def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress: str, count: int) -> None:
+    """The one that takes its place, where it was alone."""
     from ray import serve as ray_serve
     from ray.serve.context import _get_global_client
 
@@ -180,11 +182,11 @@ def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress
         return {replica.get("pid", 0): replica["state"] for replica in found["replicas"]}
 
     first = set(replicas())
-    ray_serve.run(Slow.options(num_replicas=2).bind(ServingSettings()), name="slow", route_prefix="/")
-    until(lambda: list(replicas().values()) == ["RUNNING"] * 2 and not first & set(replicas()))
+    ray_serve.run(Slow.options(num_replicas=count).bind(ServingSettings()), name="slow", route_prefix="/")
+    until(lambda: list(replicas().values()) == ["RUNNING"] * count and not first & set(replicas()))
     if ingress != "HAProxy":  # what HAProxy falls back on
         url = f"http://127.0.0.1:{os.environ['RAY_SERVE_FALLBACK_PROXY_HTTP_PORT']}"
-    until(lambda: len({httpx.get(f"{url}/state").json()["pid"] for _ in range(8)}) == 2)
+    until(lambda: {httpx.get(f"{url}/state").json()["pid"] for _ in range(8)} == set(replicas()))
     under_way = [asked(url, 1500) for _ in range(6)]
     time.sleep(0.5)
     lost = httpx.get(f"{url}/state", timeout=30).json()["pid"]
