@@ -13,8 +13,8 @@ its own pid. Reloads work as without it: the next one takes the listening socket
 its signal (`-sf`). Of Python's own library alone, since it runs before anything else of Whorl does.
 
 HAProxy tries a request again (`retry-on`) only if all of it had come when its first part was sent on, and many clients
-send the body apart: so it waits for the body, or for as much of it as its buffer holds. Whoever lets it wait, or sends
-what is no request, gets the error that Whorl's applications have for it.
+send the body apart: so it waits for the body, or for as much of it as its buffer holds. Whoever lets it wait for long
+gets the error that Whorl's applications have for it.
 """
 
 from __future__ import annotations
@@ -38,14 +38,11 @@ ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
 RETRYING = re.compile(r"^(\s*)option redispatch .*$", re.MULTILINE)
 BODY_TIMEOUT_S = 20
-ERRORS = {
-    400: ("Bad Request", "this is no HTTP/1.1 request", "invalid_request_error", "invalid_request"),
-    408: (
-        "Request Timeout",
-        f"the request did not come whole within {BODY_TIMEOUT_S} s",
-        "invalid_request_error",
-        "body_timeout",
-    ),
+TOO_LATE = {
+    "message": f"the request did not come whole within {BODY_TIMEOUT_S} s",
+    "type": "invalid_request_error",
+    "param": None,
+    "code": "body_timeout",
 }
 PR_SET_PDEATHSIG = 1
 LIBC = ctypes.CDLL(None)  # before there are threads, whose locks a fork would keep
@@ -149,15 +146,16 @@ class Supervisor:
         return self._child
 
     def _defaults(self) -> list[str]:
-        """Lines for the configuration's `defaults`; writes what they name."""
-        lines = ["option http-buffer-request", f"timeout http-request {BODY_TIMEOUT_S}s"]
-        for status, (reason, message, kind, code) in ERRORS.items():
-            body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}})
-            file = self._config.with_name(f"{self._config.name}.{status}.http")
-            head = f"HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
-            lines.append(f"errorfile {status} {file}")
-        return lines
+        """Lines for the configuration's `defaults`; writes the file that they name."""
+        body = json.dumps({"error": TOO_LATE}, separators=(",", ":"))
+        head = "HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        file = self._config.with_name(f"{self._config.name}.408.http")
+        file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
+        return [
+            "option http-buffer-request",
+            f"timeout http-request {BODY_TIMEOUT_S}s",
+            f"errorfile 408 {file}",
+        ]
 
     def _wait_until_up(self, child: subprocess.Popen[bytes]) -> bool:
         """False when it ended before."""

@@ -20,9 +20,9 @@ def environment() -> dict[str, str]:
         # A client that sends nothing for so long is let go: an hour, by default. Whoever waits for an answer is not.
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",
         # What a killed replica had in hand is asked of another one, where no byte of an answer was sent: all of our
-        # routes may be asked twice under one request id. Not more often, since a request may be what kills them.
+        # routes may be asked twice under one request id. Not much more often, since a request may be what kills them.
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-        "RAY_SERVE_HAPROXY_RETRIES": "2",
+        "RAY_SERVE_HAPROXY_RETRIES": "3",
         # A replica that takes no connection is asked no more until it does: three are allowed by default, so that all
         # tries may go to one that is dead.
         "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "1",

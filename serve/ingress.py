@@ -9,7 +9,7 @@ from __future__ import annotations
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# As HAProxy has it: not more often, since a request may be what kills replicas.
+# Not more often, since a request may be what kills replicas.
 RETRIES = 2
 # Of a longer body no copy is kept, and it is sent once. Applications take 4 MB (`serving.max_body_bytes`), by default.
 MAX_BODY_BYTES = 8 << 20

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import threading
@@ -165,16 +163,6 @@ def test_a_configuration_that_haproxy_refuses_is_told_as_haproxy_tells_it(ingres
     ingress.port = 70000
     assert ingress.start().wait(15) == 1
     assert "70000" in ingress.said()
-
-
-def test_whoever_sends_no_request_is_told_so_as_applications_tell_it(ingress: Ingress) -> None:
-    ingress.start()
-    wait(lambda: ingress.answer() == "one")
-    with socket.create_connection(("127.0.0.1", ingress.port), timeout=10) as connection:
-        connection.sendall(b"no request\r\n\r\n")
-        head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 400")
-    assert json.loads(body)["error"]["code"] == "invalid_request"
 
 
 def test_what_is_not_to_be_kept_up_is_haproxy_itself() -> None:
