@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,8 @@ INTERACTIONS_AT_ONCE = 4096
 class Known:
     """Whom an answer is for."""
 
-    history: list[int]
-    """Rows of the shelf, the earliest first."""
+    did: History
+    """In rows of the shelf."""
     vector: np.ndarray
     """float32 [W]."""
     unknown: list[str]
@@ -107,13 +108,18 @@ class Model:
             }
         )
         with self._computing:
-            vectors, bias = self.predictor.new_items(rows)
+            vectors, bias, told = self.predictor.new_items(rows)
+        changed = {}
         for place, item in enumerate(items):
             row = self.shelf.row.get(item.id)
             # Its id has learned more than its text says.
             if row is not None and self._says_the_same(row, item):
                 vectors[place], bias[place] = self.shelf.vectors[row], self.shelf.bias[row]
+            else:
+                changed[item.id] = told[place]
         self.shelf.put(items, vectors, bias)
+        if self.predictor.signals is not None:
+            self.predictor.signals.told.update({self.shelf.row[item]: one for item, one in changed.items()})
 
     def _says_the_same(self, row: int, item: Item) -> bool:
         known = self.shelf.items[row]
@@ -155,7 +161,7 @@ class Model:
             (vector,) = await self.batcher.results([Waiting(history, self.shape.recommender.history)])  # type: ignore[list-item]
         else:
             vector = await asyncio.to_thread(self._of_nobody, history)
-        return Known([row for row, _ in kept], vector, list(dict.fromkeys(unknown)))
+        return Known(history, vector, list(dict.fromkeys(unknown)))
 
     def _of_nobody(self, history: History) -> np.ndarray:
         """Of a user who has done nothing: what is known besides. Then popularity, which the biases hold, decides."""
@@ -205,13 +211,18 @@ class Model:
     def pick(self, body: forms.Request, known: Known) -> list[Recommended]:
         """The answer, in a thread."""
         scores = self.shelf.scores(known.vector[None])[0]
-        allowed = self._allowed(body, known, len(scores))
+        pool = self.shelf.pool(scores, self._allowed(body, known, len(scores)), max(self.rules.pool, body.k))
+        ranker = self.predictor.ranker
+        # Who has done nothing is shown what the retrieval says: the ranker goes by what was done.
+        if ranker is not None and len(pool.rows) and len(known.did.items):
+            worth = self.predictor.rank(known.did, int(time.time()), pool.rows, pool.worth)
+            pool = pool.reordered(worth, ranker.coverage)
         wanted = self.rules.diversity if body.diversity is None else body.diversity
-        picks = self.shelf.pick(scores, body.k, self.rules, allowed, wanted, np.random.default_rng())
-        return [self._recommended(pick, known.history) for pick in picks]
+        picks = self.shelf.pick(pool, body.k, self.rules, wanted, np.random.default_rng())
+        return [self._recommended(pick, known.did.items.tolist()) for pick in picks]
 
     def _allowed(self, body: forms.Who, known: Known, count: int) -> np.ndarray:
-        out = [*self.blocked, *(known.history if body.exclude_seen else ())]
+        out = [*self.blocked, *(known.did.items.tolist() if body.exclude_seen else ())]
         return self.shelf.allowed(self.filters(body.filters), out, count)
 
     def _recommended(self, pick: Pick, history: list[int]) -> Recommended:

@@ -95,6 +95,25 @@ def sequences(rows: list[tuple[list[int], int]], fresh: bool = False, seed: int 
     )
 
 
+def walks(count: int, seed: int = 0) -> list[list[int]]:
+    """Of users who go from each item to the one behind it, mostly."""
+    random = np.random.default_rng(seed)
+    found = []
+    for start in random.integers(1, ITEMS, count):
+        steps = np.where(random.random(7) < 0.8, 1, random.integers(2, ITEMS, 7))
+        found.append(np.unique((start + np.cumsum(steps)) % (ITEMS - 1) + 1, return_index=True))
+    return [values[np.argsort(order)].tolist() for values, order in found]
+
+
+def walked(count: int) -> dict[str, pa.Table]:
+    """A train and a validation split of walks, of which the last step is foretold."""
+    rows = [row for row in walks(count) if len(row) > 2]
+    return {
+        "train": sequences([(row[:-1], len(row) - 2) for row in rows]),
+        "validation": sequences([(row, 1) for row in rows]),
+    }
+
+
 def dataset_of(
     items: pa.Table, splits: dict[str, pa.Table], fingerprint: str = "0123456789abcdef"
 ) -> DatasetRef:
@@ -126,7 +145,7 @@ def publish_films(base: Path, settings: Settings) -> None:
 
     from lib.tasks import recommend
 
-    ref = dataset_of(item_rows(base, seen=[0, *[5] * (ITEMS - 1)]), {})
+    ref = dataset_of(item_rows(base, seen=[0, *[5] * (ITEMS - 1)]), walked(80))
     encode = vectors.Encode(settings)
     with storage.publish_from_workers(vectors.uri_of(settings, ref)) as scratch:
         for shard in catalogue.shards(ref):

@@ -13,23 +13,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from lib import storage
 from lib.artifacts import DatasetRef, EvalReport
-from lib.errors import DataError
 from lib.evaluation.classification import MODEL, Measured, Subject
 from lib.evaluation.deciding import deciding
 from lib.evaluation.intervals import Additive, bootstrap_sums, interval
 from lib.recommender import items as catalogue
 from lib.recommender import ranks, rivals
 from lib.recommender.items import Scale
+from lib.recommender.queries import asked, read_split, sequences_of
+from lib.recommender.ranker import candidates
 from lib.recommender.ranks import CUT
 from lib.settings import ServingSettings, Settings
 
 DECIDING = "ndcg_10"
 MAY_DECIDE = ("ndcg_10", "hr_10", "mrr")
-POPULARITY, TRANSITIONS = "popularity", "transitions"
+RETRIEVAL, POPULARITY, TRANSITIONS = "retrieval", "popularity", "transitions"
 # Rows that are ranked at a time: their scores are float32 [ROWS, N].
 ROWS_AT_ONCE = 256
 EXAMPLES, SHOWN_HISTORY = 12, 8
@@ -51,25 +51,6 @@ class Ranked:
     seconds: float
 
 
-def asked(rows: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-    """What is foretold in rows of a split: what was known before each, the item int64 [M], and its row int64 [M]."""
-    known: list[dict[str, Any]] = []
-    targets, places = [], []
-    for number, row in enumerate(rows.to_pylist()):
-        size = len(row["items"])
-        for end in range(size - row["targets"], size):
-            known.append(
-                {name: np.array(row[name][:end], np.int64) for name in ("items", "times", "events")}
-                | {
-                    "user_categories": np.array(row["user_categories"], np.int64),
-                    "user_numbers": np.array(row["user_numbers"], np.float32),
-                }
-            )
-            targets.append(row["items"][end])
-            places.append(number)
-    return known, np.array(targets, np.int64), np.array(places, np.int64)
-
-
 def rank(scorer: Scorer, known: list[dict[str, Any]], targets: np.ndarray) -> Ranked:
     """Rank the whole catalogue for each; items of the history are not ranked."""
     found, first = [], []
@@ -87,27 +68,35 @@ def rank(scorer: Scorer, known: list[dict[str, Any]], targets: np.ndarray) -> Ra
     return Ranked(np.array(found), lists, time.perf_counter() - began)
 
 
-def model_scorer(model_uri: str, dataset: DatasetRef, serving: ServingSettings) -> Scorer:
-    """The model of a directory, over the items of a dataset."""
-    from lib.recommender.predictor import History, load
+def model_scorers(model_uri: str, dataset: DatasetRef, serving: ServingSettings) -> dict[str, Scorer]:
+    """The model of a directory, over the items of a dataset; and beside it its retrieval alone, where it has a ranker."""
+    from lib.recommender.predictor import history_of, load
 
     with storage.local_copy(model_uri) as folder:
         predictor = load(folder, serving).over(catalogue.read(dataset))
     translate = _translation(dataset.manifest(), predictor.shape)
 
-    def score(known: list[dict[str, Any]]) -> np.ndarray:
-        users = np.zeros((len(known), predictor.vectors.shape[1]), np.float32)
-        some = [i for i, one in enumerate(known) if len(one["items"])]
-        if some:
-            users[some] = predictor.users(
-                [History(known[i]["items"], known[i]["times"], *translate(known[i])) for i in some]
-            )
-        return predictor.scores(users)
+    def retrieval(known: list[dict[str, Any]]) -> np.ndarray:
+        return predictor.scores_of([translate(one) for one in known])
 
-    return score
+    def two_stages(known: list[dict[str, Any]]) -> np.ndarray:
+        found = retrieval(known)
+        for one, scores in zip(known, found, strict=True):
+            if not len(one["items"]):
+                continue  # the ranker goes by what was done
+            best = candidates(scores, one["items"])
+            # It is asked at the last that is known of a user, later than which nothing is told.
+            again = predictor.rank(history_of(translate(one)), int(one["times"][-1]), best, scores[best])
+            # Before all others, in the ranker's order.
+            scores[best] = scores.max() + 1 + again - again.min()
+        return found
+
+    if predictor.ranker is None:
+        return {MODEL: retrieval}
+    return {MODEL: two_stages, RETRIEVAL: retrieval}
 
 
-def _translation(manifest: dict[str, Any], shape: Any) -> Callable[[dict[str, Any]], tuple[np.ndarray, ...]]:
+def _translation(manifest: dict[str, Any], shape: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """From a dataset's numbers of events and of what is known of users to the model's, which may come from another."""
     events = np.array(
         [shape.events.index(n) if n in shape.events else 0 for n in manifest["events"]], np.int64
@@ -116,13 +105,17 @@ def _translation(manifest: dict[str, Any], shape: Any) -> Callable[[dict[str, An
     categories = np.array([number.get(name, -1) for name in manifest["users_known"]["categories"]], np.int64)
     theirs, ours = Scale(**manifest["users_known"]["numbers"]), Scale(**shape.user_numbers)
 
-    def translate(one: dict[str, Any]) -> tuple[np.ndarray, ...]:
+    def translate(one: dict[str, Any]) -> dict[str, Any]:
         chosen = categories[one["user_categories"]]
         numbers = one["user_numbers"]
         if theirs != ours:
             same = len(ours.mean) == len(numbers)
             numbers = ours.apply(theirs.undo(numbers)) if same else np.zeros(len(ours.mean), np.float32)
-        return events[one["events"]], chosen[chosen >= 0], numbers
+        return one | {
+            "events": events[one["events"]],
+            "user_categories": chosen[chosen >= 0],
+            "user_numbers": numbers,
+        }
 
     return translate
 
@@ -137,27 +130,6 @@ def rival_scorers(dataset: DatasetRef) -> dict[str, Scorer]:
     }
 
 
-def sequences_of(dataset: DatasetRef) -> list[np.ndarray]:
-    """Items int64 of each row of the training split, in order."""
-    found: list[np.ndarray] = []
-    for shard in dataset.shards("train"):
-        with storage.open_file(shard) as file:
-            column = pq.read_table(file, columns=["items"])["items"].combine_chunks()
-        found += [np.asarray(row.values, np.int64) for row in column]
-    return found
-
-
-def read_split(dataset: DatasetRef, split: str) -> pa.Table:
-    """Its rows. Raises DataError when it has none."""
-    parts = []
-    for shard in dataset.shards(split):
-        with storage.open_file(shard) as file:
-            parts.append(pq.read_table(file))
-    if not parts:
-        raise DataError(f"dataset {dataset.name}/{dataset.fingerprint} has no {split} rows")
-    return pa.concat_tables(parts)
-
-
 def measure(
     subject: Subject, model_uri: str, dataset: DatasetRef, settings: Settings, split: str = "test"
 ) -> Measured:
@@ -165,7 +137,7 @@ def measure(
     metric = deciding(settings, DECIDING, MAY_DECIDE)
     rows = read_split(dataset, split)
     known, targets, places = asked(rows)
-    scorers = {MODEL: model_scorer(model_uri, dataset, settings.serving), **rival_scorers(dataset)}
+    scorers = model_scorers(model_uri, dataset, settings.serving) | rival_scorers(dataset)
     ranked = {name: rank(scorer, known, targets) for name, scorer in scorers.items()}
     return report(subject, dataset, rows, known, targets, places, ranked, settings, metric)
 

@@ -188,7 +188,7 @@ class Recommender(nn.Module):
         """What text, categories and numbers of items [K] say of them, [K, W]; None where there is nothing."""
         parts = []
         if self.text is not None:
-            parts.append(self.text(TEXT_SCALE * self._texts_of(items).to(self.text.weight.dtype)))
+            parts.append(self.text(TEXT_SCALE * self.texts_of(items).to(self.text.weight.dtype)))
         if self.item_categories is not None:
             chosen, starts = picked(self.fact_categories, self.fact_starts, items)
             parts.append(self.item_categories(chosen, starts))
@@ -196,7 +196,8 @@ class Recommender(nn.Module):
             parts.append(self.item_numbers(self.fact_numbers[items].to(self.item_numbers.weight.dtype)))
         return torch.stack(parts).sum(0) if parts else None
 
-    def _texts_of(self, items: torch.Tensor) -> torch.Tensor:
+    def texts_of(self, items: torch.Tensor) -> torch.Tensor:
+        """The encoder's vectors [K, D] of items [K], of length 1."""
         if self.texts is not None:
             return self.texts[items]
         assert self.encoder is not None

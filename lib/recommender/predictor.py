@@ -2,6 +2,8 @@
 
     config.json, model.safetensors     the shape and the weights, but for those of single items (lib.recommender.model)
     items-*.parquet                    the catalogue: item, title, text, categories, numbers, interactions, vector, bias
+    signals.safetensors, texts.npy     what the ranker reads of items (lib.recommender.signals)
+    ranker.json                        the ranker, where there is one (lib.recommender.ranker)
     encoder/                           the text encoder, which items that come later are read by
 
 Shapes: B histories, N items, W width.
@@ -23,11 +25,15 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib import storage
 from lib.artifacts import PICKLES, TaskFile, check_model_directory
 from lib.errors import ModelError
 from lib.recommender import items as catalogue
+from lib.recommender import queries, ranker, signals
 from lib.recommender.items import Scale
 from lib.recommender.model import TEXT_SCALE, Facts, Recommender, Shape, gap_codes
+from lib.recommender.ranker import Ranker
+from lib.recommender.signals import Signals, Told
 from lib.retrieval.embedding import Embedder
 from lib.settings import ServingSettings
 
@@ -54,6 +60,11 @@ class History:
     """float32 [F], standardised."""
 
 
+def history_of(one: dict[str, Any]) -> History:
+    """Of what `lib.recommender.queries.asked` knows."""
+    return History(one["items"], one["times"], one["events"], one["user_categories"], one["user_numbers"])
+
+
 @dataclass
 class Predictor:
     """Not for use by two threads at once."""
@@ -69,6 +80,9 @@ class Predictor:
     """float32 [N]."""
     folder: Path
     serving: ServingSettings
+    signals: Signals | None = None
+    ranker: Ranker | None = None
+    """None: the retrieval's order is the answer."""
 
     @property
     def shape(self) -> Shape:
@@ -129,31 +143,59 @@ class Predictor:
         """float32 [B, N]: logits of what the users turn to next."""
         return users @ self.vectors.T + self.bias  # type: ignore[no-any-return]
 
+    def scores_of(self, known: Sequence[dict[str, Any]]) -> np.ndarray:
+        """float32 [B, N] for what `lib.recommender.queries.asked` knows, in this model's numbers."""
+        users = np.zeros((len(known), self.vectors.shape[1]), np.float32)
+        some = [i for i, one in enumerate(known) if len(one["items"])]
+        if some:
+            users[some] = self.users([history_of(known[i]) for i in some])
+        return self.scores(users)
+
+    def rank(
+        self,
+        history: History,
+        time: int,
+        candidates: np.ndarray,
+        scores: np.ndarray,
+    ) -> np.ndarray:
+        """The ranker's scores [P] of candidates int64 [P], of which none is there twice, with these retrieval scores, for who
+        asks at a time."""
+        assert self.signals is not None
+        assert self.ranker is not None
+        return self.ranker.scores(
+            self.signals.features(history.items, time, candidates, scores, history.numbers)
+        )
+
     @torch.inference_mode()
-    def new_items(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    def new_items(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, list[Told]]:
         """Vectors [K, W] and biases [K] of items that training has not seen, from what is known of them: `text`,
-        `categories` and `numbers`."""
+        `categories` and `numbers`; and the same for the ranker."""
         if not len(rows):
-            return self.vectors[:0], self.bias[:0]
+            return self.vectors[:0], self.bias[:0], []
         codes, starts = catalogue.coded(rows["categories"], self.shape.item_categories)
         scale = Scale(**self.shape.item_numbers)
-        facts = Facts(
-            codes,
-            starts,
-            scale.apply(catalogue.numbers(rows["numbers"])),
-            np.zeros(len(rows), np.int64),
-            self.embedder.vectors(rows["text"].to_pylist()) if self.shape.text_width else None,
-        )
+        texts = self.embedder.vectors(rows["text"].to_pylist()) if self.shape.text_width else None
+        numbers = scale.apply(catalogue.numbers(rows["numbers"]))
+        facts = Facts(codes, starts, numbers, np.zeros(len(rows), np.int64), texts)
         vectors, bias = self.model.with_facts(facts).item_vectors(torch.arange(len(rows)))
-        return vectors.numpy(), bias.numpy() + np.float32(self.info.new_bias)
+        told = [
+            Told(None if texts is None else texts[row], of, numbers[row])
+            for row, of in enumerate(np.split(codes, starts[1:]))
+        ]
+        return vectors.numpy(), bias.numpy() + np.float32(self.info.new_bias), told
 
     def over(self, rows: pa.Table) -> Predictor:
         """The same model over another catalogue: items that it knows keep their vectors."""
         place = pc.fill_null(pc.index_in(rows["item"], self.rows["item"].combine_chunks()), -1).to_numpy()
+        if np.array_equal(place, np.arange(len(self.rows))):
+            return replace(self, rows=rows)
         known = place >= 0
         vectors, bias = self.vectors[place], self.bias[place]
-        vectors[~known], bias[~known] = self.new_items(rows.filter(pa.array(~known)))
-        return replace(self, rows=rows, vectors=vectors, bias=bias)
+        vectors[~known], bias[~known], told = self.new_items(rows.filter(pa.array(~known)))
+        signals = self.signals and self.signals.over(
+            place, dict(zip(np.flatnonzero(~known).tolist(), told, strict=True))
+        )
+        return replace(self, rows=rows, vectors=vectors, bias=bias, signals=signals)
 
 
 def save(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
@@ -171,14 +213,58 @@ def save(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
         if model.encoder is not None:
             model.encoder.save_pretrained(encoder)
     rows = catalogue.read(model.dataset).drop_columns(["input_ids", "length"])
+    texts = []
     with torch.inference_mode():
         for number, start in enumerate(range(0, len(rows), ROWS_PER_FILE)):
             part = rows.slice(start, ROWS_PER_FILE)
-            vectors, bias = model.item_vectors(torch.arange(start, start + len(part)))
+            chosen = torch.arange(start, start + len(part))
+            vectors, bias = model.item_vectors(chosen)
+            if model.config.text_width:
+                texts.append(model.texts_of(chosen).float().numpy())
             flat = pa.array(vectors.float().numpy().ravel())
             part = part.append_column("vector", pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]))
             part = part.append_column("bias", pa.array(bias.float().numpy()))
             pq.write_table(part, folder / f"items-{number:05d}.parquet", compression="zstd")
+    if model.config.recommender.ranker != "none":
+        _save_ranker(model, np.concatenate(texts) if texts else None, folder)
+
+
+def _save_ranker(model: Any, texts: np.ndarray | None, folder: Path) -> None:
+    """Signals, and the ranker that validation teaches or that another model directory has."""
+    dataset, settings = model.dataset, model.config.recommender
+    sequences = queries.sequences_of(dataset)
+    facts = (model.fact_categories.numpy(), model.fact_starts.numpy(), len(model.config.item_categories))
+    own, timeline = Signals.of(
+        sequences,
+        queries.sequences_of(dataset, "times"),
+        model.config.items,
+        facts,
+        model.fact_numbers.numpy(),
+        texts,
+    )
+    own.write(folder)
+    if settings.ranker_from is not None:
+        with storage.open_file(storage.join(settings.ranker_from, ranker.FILE)) as file:
+            (folder / ranker.FILE).write_bytes(file.read())
+        return
+    predictor = load(folder, ServingSettings())
+
+    def features(one: dict[str, Any], chosen: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return own.features(
+            one["items"], int(one["times"][-1]), chosen, scores, one["user_numbers"], timeline
+        )
+
+    known, targets, _ = queries.asked(queries.read_split(dataset, "validation"))
+    names = signals.names(model.config.item_number_names, model.config.user_number_names)
+    fitted = ranker.fit(ranker.questions(known, targets, predictor.scores_of, features, names))
+    if fitted is None:
+        print(
+            f"no ranker: fewer than {ranker.LEAST_QUESTIONS} validation interactions are among the retrieval's best; "
+            "its order is the answer",
+            flush=True,
+        )
+    else:
+        fitted.write(folder)
 
 
 def load(folder: Path, serving: ServingSettings) -> Predictor:
@@ -212,4 +298,20 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
         rows["bias"].to_numpy() + info.new_bias * is_new.astype(np.float32),
         folder,
         serving,
+        Signals.read(folder) if (folder / signals.FILE).exists() else None,
+        _ranker(folder, shape),
     )
+
+
+def _ranker(folder: Path, shape: Shape) -> Ranker | None:
+    """Raises ModelError for one of other features."""
+    if not (folder / ranker.FILE).exists():
+        return None
+    found = Ranker.read(folder / ranker.FILE)
+    wanted = signals.names(shape.item_number_names, shape.user_number_names)
+    if found.names != wanted:
+        raise ModelError(
+            f"{folder / ranker.FILE} is of the features {', '.join(found.names)} and not {', '.join(wanted)}; fit it with "
+            "this version of Whorl (python -m jobs.finetune)"
+        )
+    return found

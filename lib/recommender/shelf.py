@@ -56,6 +56,24 @@ class Pick:
     """How likely it was to be shown at this place, those before it being as they are; 1 without exploration."""
 
 
+@dataclass(frozen=True)
+class Pool:
+    """The items from which an answer is chosen; P of them, the best first."""
+
+    rows: np.ndarray
+    """int64 [P]."""
+    worth: np.ndarray
+    """float64 [P]: scores."""
+    chances: np.ndarray
+    """float64 [P]: how likely each is what the user turns to next."""
+
+    def reordered(self, worth: np.ndarray, coverage: float) -> Pool:
+        """By other scores [P], whose softmax, times `coverage`, is how likely each is."""
+        order = np.argsort(-worth, kind="stable")
+        weights = np.exp(worth[order] - worth.max(initial=-np.inf))
+        return Pool(self.rows[order], worth[order], coverage * weights / max(weights.sum(), 1e-300))
+
+
 class Shelf:
     """Rows are never taken away: what is not on offer any more is not available. One thread may `put` while others ask:
     they see an item when all of it is there."""
@@ -136,29 +154,26 @@ class Shelf:
         found[rows[rows < count]] = False
         return found
 
-    def pick(
-        self,
-        scores: np.ndarray,
-        k: int,
-        rules: OfferSettings,
-        allowed: np.ndarray,
-        diversity: float,
-        random: np.random.Generator,
-    ) -> list[Pick]:
-        """At most `k` items by scores [N]; fewer where no more are `allowed` or the caps leave none."""
+    def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int) -> Pool:
+        """The best `most` of those `allowed`, by scores [N] whose softmax over these is how likely each is."""
         rows = np.flatnonzero(allowed)
-        if not len(rows):
-            return []
         own = scores[rows].astype(np.float64)
-        size = min(len(rows), max(rules.pool, k))
-        best = np.argpartition(-own, size - 1)[:size]
+        size = min(len(rows), most)
+        best = np.argpartition(-own, size - 1)[:size] if size else rows
         best = best[np.argsort(-own[best], kind="stable")]
-        weights = np.exp(own - own[best[0]])
-        chances = weights[best] / weights.sum()
-        pool, worth = rows[best], own[best]
+        weights = np.exp(own - own.max(initial=-np.inf))
+        return Pool(rows[best], own[best], weights[best] / max(weights.sum(), 1e-300))
+
+    def pick(
+        self, pool: Pool, k: int, rules: OfferSettings, diversity: float, random: np.random.Generator
+    ) -> list[Pick]:
+        """At most `k` items; fewer where the pool has no more or the caps leave none."""
+        if not len(pool.rows):
+            return []
+        size, worth = len(pool.rows), pool.worth
         span = worth[0] - worth[-1]
         relevance = (worth - worth[-1]) / span if span > 0 else np.ones(size)
-        vectors = self._vectors[pool]
+        vectors = self._vectors[pool.rows]
         vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         nearest, left = np.full(size, -1.0), np.ones(size, bool)
         counts: dict[str, int] = {}
@@ -174,14 +189,13 @@ class Shelf:
             if rules.explore and random.random() < rules.explore:
                 chosen = int(random.choice(free))
             propensity = rules.explore / len(free) + (1 - rules.explore) * (chosen == greedy)
-            picks.append(
-                Pick(int(pool[chosen]), float(worth[chosen]), float(chances[chosen]), float(propensity))
-            )
+            row = int(pool.rows[chosen])
+            picks.append(Pick(row, float(worth[chosen]), float(pool.chances[chosen]), float(propensity)))
             left[chosen] = False
             if diversity:
                 nearest = np.maximum(nearest, vectors @ vectors[chosen])
             if rules.caps:
-                self._close(pool, left, int(pool[chosen]), rules.caps, counts)
+                self._close(pool.rows, left, row, rules.caps, counts)
         return picks
 
     def _close(

@@ -42,6 +42,11 @@ class RecommenderSettings(Section):
     sampled: Annotated[int, Field(ge=0)] = 0
     """0: softmax over the whole catalogue; else over what is foreseen in the batch and so many items drawn by
     popularity, corrected for how likely each was to be there (Yi et al. 2019)."""
+    ranker: Literal["cross", "none"] = "cross"
+    """cross: a cross network puts the retrieval's best in order (`lib.recommender.ranker`), fitted on the validation split after
+    training; none: the retrieval's order is the answer."""
+    ranker_from: str | None = None
+    """URI of the model directory whose ranker is taken, where validation can teach none (`data.interactions.refit`)."""
 
     @model_validator(mode="after")
     def _heads(self) -> RecommenderSettings:

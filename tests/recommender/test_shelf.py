@@ -31,7 +31,8 @@ def pick(
 ) -> list[Pick]:
     scores = said.get("scores", np.arange(len(shelf), 0, -1).astype(np.float32))
     allowed = shelf.allowed(said.get("filters", Filters()), said.get("out", ()), len(scores))
-    return shelf.pick(scores, k, rules, allowed, diversity, np.random.default_rng(said.get("seed", 0)))
+    pool = shelf.pool(scores, allowed, max(rules.pool, k))
+    return shelf.pick(pool, k, rules, diversity, np.random.default_rng(said.get("seed", 0)))
 
 
 def rows(picks: list[Pick]) -> list[int]:
@@ -103,7 +104,7 @@ def test_items_come_and_change_while_others_ask() -> None:
     assert shelf.row["fresh-49"] == N + 49
     # Who asked before sees what there was.
     allowed = shelf.allowed(Filters(), (), len(scores))
-    assert rows(shelf.pick(scores, 1, RULES, allowed, 0, np.random.default_rng())) == [0]
+    assert rows(shelf.pick(shelf.pool(scores, allowed, 1), 1, RULES, 0, np.random.default_rng())) == [0]
     later = shelf.scores(np.array([[1.0, 0.0]], np.float32))[0]
     assert later[N:] == pytest.approx(np.full(50, 3.0))
     assert sorted(

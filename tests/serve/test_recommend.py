@@ -15,6 +15,7 @@ from cluster.ingress import free_port
 from lib import storage
 from lib.artifacts import ModelRef
 from lib.errors import ConfigError
+from lib.recommender.ranker import candidates
 from lib.settings import ServingSettings, Settings
 from lib.tasks import recommend
 from tests.recommending import ITEMS, item_rows, publish_films, settings_for
@@ -90,12 +91,14 @@ def test_answers_are_those_of_the_model(films: Endpoint) -> None:
     nothing = np.zeros(0, np.int64)
     history = History(rows, np.zeros(3, np.int64), np.zeros(3, np.int64), nothing, np.zeros(1, np.float32))
     scores = predictor.scores(predictor.users([history]))[0]
-    scores[[3, 9, 4, 5]] = -np.inf
+    best = candidates(scores, np.array([3, 9, 4, 5]))
+    worth = predictor.rank(history, int(time.time()), best, scores[best])
+    assert predictor.ranker is not None
     answer = films.post({"history": [f"film-{r}" for r in rows], "k": 5}, PATH)
-    assert ids(answer) == [f"film-{i}" for i in np.argsort(-scores)[:5]]
-    chances = np.exp(scores - scores.max())
-    best = [one["probability"] for one in answer.body["results"]]
-    assert best == pytest.approx(np.sort(chances / chances.sum())[::-1][:5].tolist(), rel=1e-3)
+    assert ids(answer) == [f"film-{i}" for i in best[np.argsort(-worth)[:5]]]
+    chances = np.exp(worth) / np.exp(worth).sum() * predictor.ranker.coverage
+    told = [one["probability"] for one in answer.body["results"]]
+    assert told == pytest.approx(np.sort(chances)[::-1][:5].tolist(), rel=1e-3)
 
 
 def test_what_a_user_does_is_in_the_next_answer_of_every_replica(films: Endpoint) -> None:

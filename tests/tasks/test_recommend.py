@@ -62,7 +62,9 @@ def test_windows_ask_each_once_and_know_enough_before_it(rows: list[tuple[int, i
 
 def made(base: Path, seen: int | list[int] = 5, **recommender: Any) -> tuple[Settings, DatasetRef]:
     settings = settings_for(base, **recommender)
-    return settings, dataset_of(item_rows(base, seen=seen), {"train": sequences(ROWS)})
+    return settings, dataset_of(
+        item_rows(base, seen=seen), {"train": sequences(ROWS), "validation": sequences(ROWS)}
+    )
 
 
 def test_loss_is_the_weighted_choice_among_all_and_batches_add_up(storage: Path, tiny_base: Path) -> None:
