@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from lib import storage
+from lib.errors import ModelError
 from lib.recommender import ranks
 
 FILE = "ranker.json"
@@ -62,6 +64,14 @@ class Ranker:
     @classmethod
     def read(cls, file: Path) -> Ranker:
         return cls(**json.loads(file.read_text()))
+
+
+def check(directory: str) -> None:
+    """Raises ModelError for a model directory that has no ranker."""
+    if FILE not in storage.ls(directory):
+        raise ModelError(
+            f"model.recommender.ranker_from: {directory} has no {FILE}; name the model directory of a run that fitted one"
+        )
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,16 @@ class Settings(Section):
         return self
 
     @model_validator(mode="after")
+    def _refit(self) -> Settings:
+        own = self.model.recommender
+        if self.data.interactions.refit and own.ranker != "none" and own.ranker_from is None:
+            raise ValueError(
+                "data.interactions.refit: validation teaches no ranker then; name the model directory of the run before in "
+                "model.recommender.ranker_from, or set model.recommender.ranker to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _parts(self) -> Settings:
         if bool(self.data.parts) != (self.task == "multitask"):
             raise ValueError("the task multitask needs data.parts, and only it takes them")

@@ -20,7 +20,7 @@ import pyarrow as pa
 from lib.artifacts import DatasetRef, TaskFile
 from lib.errors import ConfigError
 from lib.recommender import items as catalogue
-from lib.recommender import ranks, vectors
+from lib.recommender import ranker, ranks, vectors
 from lib.recommender.forms import Request, Response
 from lib.recommender.items import Scale
 from lib.settings import DataSettings, ServingSettings, Settings
@@ -68,10 +68,13 @@ def counts(rows: pa.Table, classes: list[str]) -> dict[str, int]:
 
 
 def build(base: Path, settings: Settings, dataset: DatasetRef) -> Recommender:
-    """A recommender of the items of a dataset, in fp32. Raises ModelError when their text vectors are missing."""
+    """A recommender of the items of a dataset, in fp32. Raises ModelError when their text vectors are missing, or the ranker
+    that is to be taken."""
     from lib.recommender.model import Facts, Recommender, Shape
 
     own, manifest = settings.model.recommender, dataset.manifest()
+    if own.ranker != "none" and own.ranker_from is not None:
+        ranker.check(own.ranker_from)
     items = catalogue.read(dataset, catalogue.FEATURES)
     numbers = catalogue.numbers(items["numbers"])
     scale = Scale.of(numbers)

@@ -140,6 +140,7 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     assert low <= report.metrics["ndcg_10"] <= high
     assert report.differences["popularity"][1] > 0
     assert 0.5 < report.metrics["coverage_10"] <= 1
+    assert set(report.baselines) == {"retrieval", "popularity", "transitions"}
     assert set(report.slices) == {"history", "item"}
     assert report.slices["item"]["held out"]["rows"] == sum(row["fresh"] for row in test)
     with storage.local_copy(run.ref.evaluation_uri) as folder:
@@ -157,8 +158,12 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     (first,) = registry.versions("films")
     registry.set_alias(first, registry.CHAMPION)
     # A second version is held against the first, on the same lists.
+    retrieval = {"recommender": settings.model.recommender.model_copy(update={"ranker": "none"})}
     again = settings.model_copy(
-        update={"training": settings.training.model_copy(update={"max_steps": 2, "seed": 1})}
+        update={
+            "training": settings.training.model_copy(update={"max_steps": 2, "seed": 1}),
+            "model": settings.model.model_copy(update=retrieval),
+        }
     )
     finetune(again)
     evaluate(again)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from lib.artifacts import DatasetRef, TaskFile
 from lib.errors import ConfigError, ModelError
@@ -19,7 +20,7 @@ from lib.recommender import ranks
 from lib.recommender.predictor import ENCODER, WEIGHTS, History, Predictor
 from lib.settings import DataSettings, ServingSettings, Settings
 from lib.tasks import recommend
-from tests.recommending import ITEMS, dataset_of, item_rows, sequences, settings_for
+from tests.recommending import ITEMS, dataset_of, item_rows, sequences, settings_for, walked
 
 ROWS = [([3, 1, 4, 1, 5, 9, 2, 6], 7), ([5, 3], 1), ([8, 9, 7, 9, 3], 2), ([7], 0)]
 
@@ -213,6 +214,35 @@ def test_a_model_directory_answers_as_the_model_did(
     np.testing.assert_allclose(found, last.numpy(), atol=1e-5)
     np.testing.assert_allclose(predictor.scores(found), (last @ vectors.T + bias).numpy(), atol=1e-4)
     assert predictor.rows["item"].to_pylist() == [f"film-{i}" for i in range(ITEMS)]
+
+
+def test_a_ranker_is_fitted_or_taken(storage: Path, tiny_base: Path, tmp_path: Path) -> None:
+    settings = settings_for(tiny_base)
+    ref = dataset_of(item_rows(tiny_base), walked(80))
+    info = TaskFile("recommend", [], 16, str(tiny_base), ref.fingerprint)
+    model = recommend.build(tiny_base, settings, ref)
+    (tmp_path / "one").mkdir()
+    recommend.save(model, tiny_base, info, tmp_path / "one")
+    first = recommend.load(tmp_path / "one", settings.serving)
+    assert first.ranker is not None
+    # Who goes from one item to the next tells more than weights that learned nothing.
+    left_out, alone = (first.ranker.measured[name]["ndcg_10"] for name in ("left_out", "retrieval"))
+    assert left_out > alone + 0.3
+    taking = settings_for(tiny_base, ranker_from=str(tmp_path / "one"))
+    (tmp_path / "two").mkdir()
+    recommend.save(recommend.build(tiny_base, taking, ref), tiny_base, info, tmp_path / "two")
+    assert recommend.load(tmp_path / "two", settings.serving).ranker == first.ranker
+    (tmp_path / "one" / "ranker.json").unlink()
+    with pytest.raises(ModelError, match=r"ranker_from: .*one has no ranker\.json"):
+        recommend.build(tiny_base, taking, ref)
+    changed = dataclasses.replace(first.ranker, names=["score"])
+    changed.write(tmp_path / "two")
+    with pytest.raises(ModelError, match="is of the features score and not score, transitions"):
+        recommend.load(tmp_path / "two", settings.serving)
+    values = settings.model_dump(mode="json")
+    values["data"]["interactions"]["refit"] = True
+    with pytest.raises(ValidationError, match="refit: validation teaches no ranker"):
+        Settings.model_validate(values)
 
 
 def test_new_items_have_the_bias_that_validation_told(storage: Path, tiny_base: Path, tmp_path: Path) -> None:
