@@ -201,17 +201,7 @@ class Predictor:
 def save(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
     """Write a model directory."""
     model.eval()
-    model.config.write(folder / "config.json")
-    weights = {
-        name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(ELSEWHERE)
-    }
-    save_file(weights, folder / WEIGHTS)
-    info.write(folder)
-    if model.config.text_width:
-        encoder = folder / ENCODER
-        shutil.copytree(base, encoder, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
-        if model.encoder is not None:
-            model.encoder.save_pretrained(encoder)
+    write(model, base, info, folder)
     rows = catalogue.read(model.dataset).drop_columns(["input_ids", "length"])
     texts = []
     with torch.inference_mode():
@@ -227,6 +217,21 @@ def save(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
             pq.write_table(part, folder / f"items-{number:05d}.parquet", compression="zstd")
     if model.config.recommender.ranker != "none":
         _save_ranker(model, np.concatenate(texts) if texts else None, folder)
+
+
+def write(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
+    """What of a model directory is of no single item."""
+    model.config.write(folder / "config.json")
+    weights = {
+        name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith(ELSEWHERE)
+    }
+    save_file(weights, folder / WEIGHTS)
+    info.write(folder)
+    if model.config.text_width:
+        encoder = folder / ENCODER
+        shutil.copytree(base, encoder, ignore=shutil.ignore_patterns(*(f"*{ending}" for ending in PICKLES)))
+        if model.encoder is not None:
+            model.encoder.save_pretrained(encoder)
 
 
 def _save_ranker(model: Any, texts: np.ndarray | None, folder: Path) -> None:

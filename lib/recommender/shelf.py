@@ -156,13 +156,13 @@ class Shelf:
 
     def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int) -> Pool:
         """The best `most` of those `allowed`, by scores [N] whose softmax over these is how likely each is."""
-        rows = np.flatnonzero(allowed)
-        own = scores[rows].astype(np.float64)
-        size = min(len(rows), most)
-        best = np.argpartition(-own, size - 1)[:size] if size else rows
+        own = np.where(allowed, scores, -np.inf)
+        size = min(int(allowed.sum()), most)
+        best = np.argpartition(-own, size - 1)[:size] if size else np.zeros(0, np.int64)
         best = best[np.argsort(-own[best], kind="stable")]
-        weights = np.exp(own - own.max(initial=-np.inf))
-        return Pool(rows[best], own[best], weights[best] / max(weights.sum(), 1e-300))
+        worth = own[best].astype(np.float64)
+        weights = np.exp(own - own.max(initial=-np.inf, where=allowed)) if size else own
+        return Pool(best, worth, weights[best] / max(float(weights.sum()), 1e-30))
 
     def pick(
         self, pool: Pool, k: int, rules: OfferSettings, diversity: float, random: np.random.Generator

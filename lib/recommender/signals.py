@@ -291,17 +291,20 @@ class Signals:
         profile = weights @ self._text_of(latest)
         return np.asarray(self._text_of(candidates) @ profile / max(float(np.linalg.norm(profile)), 1e-9))
 
-    def _codes_of(self, rows: np.ndarray) -> list[np.ndarray]:
-        none = self.codes[:0]
-        found = []
-        for row in rows.tolist():
-            told = self.told.get(row) if self.told else None
-            if told is not None:
-                found.append(told.categories)
-            else:
-                known = row < len(self.starts) - 1
-                found.append(self.codes[self.starts[row] : self.starts[row + 1]] if known else none)
-        return found
+    def _codes_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Categories of items, those of one behind those of another, and for each the place of its item in `rows`."""
+        inside = np.flatnonzero(rows < len(self.starts) - 1)
+        if self.told:
+            inside = np.array([i for i in inside.tolist() if int(rows[i]) not in self.told], np.int64)
+        begins, ends = self.starts[rows[inside]], self.starts[rows[inside] + 1]
+        sizes = ends - begins
+        places = np.arange(int(sizes.sum())) + np.repeat(begins - np.cumsum(sizes) + sizes, sizes)
+        codes, of = [self.codes[places]], [np.repeat(inside, sizes)]
+        for place, row in enumerate(rows.tolist() if self.told else ()):
+            if row in self.told:
+                codes.append(self.told[row].categories)
+                of.append(np.full(len(codes[-1]), place))
+        return np.concatenate(codes), np.concatenate(of)
 
     def _affinity(self, history: np.ndarray, candidates: np.ndarray) -> np.ndarray:
         """How much more than everybody a user turns to an item's categories: the mean of the logs of the ratios."""
@@ -309,11 +312,13 @@ class Signals:
             return np.zeros(len(candidates))
         latest = history[-ASKED:]
         weights = CATEGORY_FADES ** np.arange(len(latest) - 1, -1, -1)
-        tastes = np.zeros(len(self.shares))
-        for weight, codes in zip(weights, self._codes_of(latest), strict=True):
-            tastes[codes] += weight / max(len(codes), 1) / weights.sum()
+        codes, of = self._codes_of(latest)
+        counts = np.bincount(of, minlength=len(latest))
+        tastes = np.bincount(codes, (weights / weights.sum() / np.maximum(counts, 1))[of], len(self.shares))
         ratios = np.log((tastes + PRIOR * self.shares + 1e-6) / (self.shares + 1e-6))
-        return np.array([ratios[codes].mean() if len(codes) else 0.0 for codes in self._codes_of(candidates)])
+        codes, of = self._codes_of(candidates)
+        counts = np.bincount(of, minlength=len(candidates))
+        return np.asarray(np.bincount(of, ratios[codes], len(candidates)) / np.maximum(counts, 1))
 
     def over(self, place: np.ndarray, told: dict[int, Told]) -> Signals:
         """The same of another catalogue: row i of it is row `place` [i] of this one, or none below 0; `told` says what is known

@@ -158,11 +158,11 @@ def ask(url: str, texts: list[str]) -> list[Any]:
     return results
 
 
-def measure(url: str, texts: list[str], clients: int, seconds: float) -> Measured:
+def measure(url: str, requests: list[dict[str, Any]], clients: int, seconds: float) -> Measured:
     """Run the load client against a server. Exits when a request failed: then there is nothing to compare."""
     with tempfile.TemporaryDirectory() as folder:
         bodies, out = Path(folder) / "bodies.jsonl", Path(folder) / "out.json"
-        bodies.write_text("\n".join(json.dumps({"inputs": [text]}) for text in texts))
+        bodies.write_text("\n".join(map(json.dumps, requests)))
         command = [sys.executable, "-m", "tests.bench.load", url, bodies, out, clients, seconds]
         subprocess.run(list(map(str, command)), check=True)
         found = json.loads(out.read_text())
@@ -233,7 +233,7 @@ def main(seconds: float) -> None:
     # With a limit, so that it is counted too.
     _, os.environ["BENCH_KEY"] = keys.create("bench", ["*"], requests_per_minute=1_000_000, days=1)
     texts = reviews(REVIEWS)
-    chosen = texts[:AGREEMENT_REVIEWS]
+    chosen, bodies = texts[:AGREEMENT_REVIEWS], [{"inputs": [text]} for text in texts]
     report = Report("serving")
     port = free_port()
     base = f"http://127.0.0.1:{port}"
@@ -250,12 +250,12 @@ def main(seconds: float) -> None:
         with running(command, lambda: answers(f"{base}/loop"), MODEL=str(folder)):
             for kind in RIVALS:
                 print(f"transformers pipeline in FastAPI + uvicorn, {kind}:", flush=True)
-                rival[kind] = [measure(f"{base}/{kind}", texts, clients, seconds) for clients in CLIENTS]
+                rival[kind] = [measure(f"{base}/{kind}", bodies, clients, seconds) for clients in CLIENTS]
         url = f"{base}/v1/sentiment"
         command = ["tests.bench.serving", "serve-ours", "--model", str(ref), "--port", str(port)]
         with running(command, lambda: answers(url), **ray_environment()):
             print(f"Whorl, {ref}:", flush=True)
-            ours = [measure(url, texts, clients, seconds) for clients in CLIENTS]
+            ours = [measure(url, bodies, clients, seconds) for clients in CLIENTS]
             results = [r for i in range(0, len(chosen), 50) for r in ask(url, chosen[i : i + 50])]
         for i, clients in enumerate(CLIENTS):
             rows(report, clients, ours[i], {kind: rival[kind][i] for kind in RIVALS})
