@@ -33,7 +33,7 @@ from lib.recommender import queries, ranker, signals
 from lib.recommender.items import Scale
 from lib.recommender.model import TEXT_SCALE, Facts, Recommender, Shape, gap_codes
 from lib.recommender.ranker import Ranker
-from lib.recommender.signals import Signals, Told
+from lib.recommender.signals import Signals, Timeline, Told
 from lib.retrieval.embedding import Embedder
 from lib.settings import ServingSettings
 
@@ -236,22 +236,20 @@ def write(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
 
 def _save_ranker(model: Any, texts: np.ndarray | None, folder: Path) -> None:
     """Signals, and the ranker that validation teaches or that another model directory has."""
-    dataset, settings = model.dataset, model.config.recommender
-    sequences = queries.sequences_of(dataset)
-    facts = (model.fact_categories.numpy(), model.fact_starts.numpy(), len(model.config.item_categories))
-    own, timeline = Signals.of(
-        sequences,
-        queries.sequences_of(dataset, "times"),
-        model.config.items,
-        facts,
-        model.fact_numbers.numpy(),
-        texts,
-    )
-    own.write(folder)
-    if settings.ranker_from is not None:
-        with storage.open_file(storage.join(settings.ranker_from, ranker.FILE)) as file:
+    dataset, shape = model.dataset, model.config
+    facts = (model.fact_categories.numpy(), model.fact_starts.numpy(), len(shape.item_categories))
+
+    def counted(validation: bool) -> tuple[Signals, Timeline]:
+        taken, times = (queries.sequences_of(dataset, name, validation) for name in ("items", "times"))
+        return Signals.of(taken, times, shape.items, facts, model.fact_numbers.numpy(), texts)
+
+    # In use all is counted that is known before the test; the ranker learns from what was known before validation.
+    counted(validation=True)[0].write(folder)
+    if shape.recommender.ranker_from is not None:
+        with storage.open_file(storage.join(shape.recommender.ranker_from, ranker.FILE)) as file:
             (folder / ranker.FILE).write_bytes(file.read())
         return
+    own, timeline = counted(validation=False)
     predictor = load(folder, ServingSettings())
 
     def features(one: dict[str, Any], chosen: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -260,7 +258,7 @@ def _save_ranker(model: Any, texts: np.ndarray | None, folder: Path) -> None:
         )
 
     known, targets, _ = queries.asked(queries.read_split(dataset, "validation"))
-    names = signals.names(model.config.item_number_names, model.config.user_number_names)
+    names = signals.names(shape.item_number_names, shape.user_number_names)
     fitted = ranker.fit(ranker.questions(known, targets, predictor.scores_of, features, names))
     if fitted is None:
         print(

@@ -38,14 +38,21 @@ def asked(rows: pa.Table) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]
     return known, np.array(targets, np.int64), np.array(places, np.int64)
 
 
-def sequences_of(dataset: DatasetRef, column: str = "items") -> list[np.ndarray]:
-    """Items, or `times`, int64 of each row of the training split, in order."""
-    found: list[np.ndarray] = []
-    for shard in dataset.shards("train"):
-        with storage.open_file(shard) as file:
-            values = pq.read_table(file, columns=[column])[column].combine_chunks()
-        found += [np.asarray(row.values, np.int64) for row in values]
-    return found
+def sequences_of(dataset: DatasetRef, column: str = "items", validation: bool = False) -> list[np.ndarray]:
+    """Items, or `times`, int64 of each user of the training split, in order; with those of `validation`, what was foretold
+    there too. Of held-out items nothing is told."""
+    found: dict[str, np.ndarray] = {}
+    for split in ("train", "validation") if validation else ("train",):
+        for shard in dataset.shards(split):
+            with storage.open_file(shard) as file:
+                rows = pq.read_table(file, columns=["user", column, "fresh"])
+            of = zip(*(rows[name].combine_chunks() for name in rows.column_names), strict=True)
+            found |= {
+                user.as_py(): np.asarray(values.values, np.int64)
+                for user, values, fresh in of
+                if not fresh.as_py()
+            }
+    return list(found.values())
 
 
 def read_split(dataset: DatasetRef, split: str) -> pa.Table:
