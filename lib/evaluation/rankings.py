@@ -33,6 +33,7 @@ RETRIEVAL, POPULARITY, TRANSITIONS = "retrieval", "popularity", "transitions"
 # Rows that are ranked at a time: their scores are float32 [ROWS, N].
 ROWS_AT_ONCE = 256
 EXAMPLES, SHOWN_HISTORY = 12, 8
+BINS = 10
 # Interactions in training from which on an item is no longer rare.
 RARE = 10
 
@@ -48,24 +49,32 @@ class Ranked:
     """float64 [M]."""
     first: np.ndarray
     """int64 [M, K]: numbers of the items that it recommends, best first."""
+    chances: np.ndarray
+    """float64 [M, K]: how likely each of them was to be the one, if scores are logits."""
     seconds: float
 
 
 def rank(scorer: Scorer, known: list[dict[str, Any]], targets: np.ndarray) -> Ranked:
     """Rank the whole catalogue for each; items of the history are not ranked."""
-    found, first = [], []
+    found, first, chances = [], [], []
     began = time.perf_counter()
     for start in range(0, len(known), ROWS_AT_ONCE):
         part = known[start : start + ROWS_AT_ONCE]
         for one, scores, target in zip(part, scorer(part), targets[start:], strict=False):
             found.append(ranks.rank(scores, int(target), one["items"]))
-            left = scores.copy()
+            left = scores.astype(np.float64)
             left[one["items"]] = -np.inf
             best = np.argpartition(-left, min(CUT, len(left) - 1))[:CUT]
+            best = best[np.isfinite(left[best])]
             first.append(best[np.argsort(-left[best], kind="stable")])
+            chances.append(np.exp(left[first[-1]] - np.logaddexp.reduce(left)))
     width = min((len(row) for row in first), default=0)
-    lists = np.array([row[:width] for row in first], np.int64).reshape(len(first), width)
-    return Ranked(np.array(found), lists, time.perf_counter() - began)
+
+    def cut(rows: list[np.ndarray], kind: type) -> np.ndarray:
+        return np.array([row[:width] for row in rows], kind).reshape(len(rows), width)
+
+    seconds = time.perf_counter() - began
+    return Ranked(np.array(found), cut(first, np.int64), cut(chances, np.float64), seconds)
 
 
 def model_scorers(model_uri: str, dataset: DatasetRef, serving: ServingSettings) -> dict[str, Scorer]:
@@ -80,6 +89,7 @@ def model_scorers(model_uri: str, dataset: DatasetRef, serving: ServingSettings)
         return predictor.scores_of([translate(one) for one in known])
 
     def two_stages(known: list[dict[str, Any]]) -> np.ndarray:
+        assert predictor.ranker is not None
         found = retrieval(known)
         for one, scores in zip(known, found, strict=True):
             if not len(one["items"]):
@@ -87,13 +97,26 @@ def model_scorers(model_uri: str, dataset: DatasetRef, serving: ServingSettings)
             best = candidates(scores, one["items"])
             # It is asked at the last that is known of a user, later than which nothing is told.
             again = predictor.rank(history_of(translate(one)), int(one["times"][-1]), best, scores[best])
-            # Before all others, in the ranker's order.
-            scores[best] = scores.max() + 1 + again - again.min()
+            scores[:] = _joined(scores, one["items"], best, again, predictor.ranker.coverage)
         return found
 
     if predictor.ranker is None:
         return {MODEL: retrieval}
     return {MODEL: two_stages, RETRIEVAL: retrieval}
+
+
+def _joined(
+    scores: np.ndarray, had: np.ndarray, best: np.ndarray, again: np.ndarray, coverage: float
+) -> np.ndarray:
+    """Logs of how likely each item is to come next [N]: the candidates `best` share what `coverage` says by the ranker's scores
+    `again`, all others the rest by the retrieval's, as if those that were `had` could not come."""
+    found = scores.astype(np.float64)
+    others = np.ones(len(found), bool)
+    others[had] = others[best] = False
+    if others.any():
+        found += np.log(max(1 - coverage, 1e-6)) - np.logaddexp.reduce(found[others])
+    found[best] = np.log(coverage) + again - np.logaddexp.reduce(again)
+    return found
 
 
 def _translation(manifest: dict[str, Any], shape: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -184,7 +207,7 @@ def report(
             metrics=figures[MODEL],
             per_class={},
             confusion=[],
-            calibration=[],
+            calibration=calibration(ranked[MODEL], targets, usual),
             slices=_slices(ranked[MODEL].ranks, known, targets, fresh, seen),
             baselines={name: one for name, one in figures.items() if name != MODEL},
             intervals=intervals,
@@ -244,6 +267,24 @@ def lead(candidate: Measured, rival: Measured, resamples: int, metric: str) -> t
     groups = np.unique(both[0]["user"].to_numpy(zero_copy_only=False), return_inverse=True)[1]
     drawn = bootstrap_sums(sums, resamples, groups=groups)
     return (value, *interval(drawn["0"] - drawn["1"]))
+
+
+def calibration(ranked: Ranked, targets: np.ndarray, usual: np.ndarray) -> list[dict[str, float]]:
+    """Bins of as many recommended items each, from the least likely to the likeliest: how likely the model said that they
+    come next, and how often they did."""
+    said = ranked.chances[usual].ravel()
+    came = (ranked.first[usual] == targets[usual][:, None]).ravel()
+    order = np.argsort(said, kind="stable")
+    return [
+        {
+            "lower": float(said[part[0]]),
+            "upper": float(said[part[-1]]),
+            "rows": len(part),
+            "confidence": float(said[part].mean()),
+            "accuracy": float(came[part].mean()),
+        }
+        for part in np.array_split(order, min(BINS, len(order)))
+    ]
 
 
 def _lists(first: np.ndarray, seen: np.ndarray, items: pa.Table) -> dict[str, float]:
