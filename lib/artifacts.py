@@ -206,6 +206,8 @@ class EvalReport:
     """What a task that generates has besides."""
     rankings: list[dict[str, Any]] = field(default_factory=list)
     """Of a recommender: evenly spaced, the titles of `history`, what is `recommended`, what `came` and its `rank`."""
+    logged: dict[str, float] = field(default_factory=dict)
+    """Of a recommender: what it would have earned, as `lib.evaluation.logged.estimate` has it."""
     format: int = 1
 
     def write(self, folder: Path) -> None:

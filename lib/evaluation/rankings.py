@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ import pyarrow as pa
 
 from lib import storage
 from lib.artifacts import DatasetRef, EvalReport
+from lib.errors import DataError
+from lib.evaluation import logged
 from lib.evaluation.classification import MODEL, Measured, Subject
 from lib.evaluation.deciding import deciding
 from lib.evaluation.intervals import Additive, bootstrap_sums, interval
@@ -33,7 +35,6 @@ RETRIEVAL, POPULARITY, TRANSITIONS = "retrieval", "popularity", "transitions"
 # Rows that are ranked at a time: their scores are float32 [ROWS, N].
 ROWS_AT_ONCE = 256
 EXAMPLES, SHOWN_HISTORY = 12, 8
-BINS = 10
 # Interactions in training from which on an item is no longer rare.
 RARE = 10
 
@@ -158,11 +159,47 @@ def measure(
 ) -> Measured:
     """Rank the split with the model and the baselines. Raises ConfigError, DataError, ModelError."""
     metric = deciding(settings, DECIDING, MAY_DECIDE)
+    shown = _logged(settings)
     rows = read_split(dataset, split)
     known, targets, places = asked(rows)
     scorers = model_scorers(model_uri, dataset, settings.serving) | rival_scorers(dataset)
     ranked = {name: rank(scorer, known, targets) for name, scorer in scorers.items()}
-    return report(subject, dataset, rows, known, targets, places, ranked, settings, metric)
+    measured = report(subject, dataset, rows, known, targets, places, ranked, settings, metric)
+    if not shown:
+        return measured
+    earned = logged.estimate(shown, _lists_for(shown, scorers[MODEL], dataset))
+    return replace(measured, report=replace(measured.report, logged=earned))
+
+
+def _logged(settings: Settings) -> list[logged.Shown]:
+    """What was shown, where the configuration wants an estimate. Raises DataError when there is nothing."""
+    days = settings.evaluation.logged_days
+    if days is None:
+        return []
+    application = settings.curation.application or settings.name
+    found = list(logged.read(application, time.time() - days * 86_400))
+    if not found:
+        raise DataError(
+            f"evaluation.logged_days: {application} logged no list in {days:g} days; serve it with serving.recommend.explore "
+            "above 0 and serving.events.content true, or leave the key out"
+        )
+    return found
+
+
+def _lists_for(shown: list[logged.Shown], scorer: Scorer, dataset: DatasetRef) -> list[list[str]]:
+    """Items that a model has for what was asked, from the best on, as many as can be needed."""
+    items = catalogue.read(dataset, ["item"])["item"].to_pylist()
+    row = {item: place for place, item in enumerate(items)}
+    numbers = len(dataset.manifest()["users_known"]["numbers"]["mean"])
+    most = min(2 * max(len(one.items) for one in shown), len(items))
+    found: list[list[str]] = []
+    for start in range(0, len(shown), ROWS_AT_ONCE):
+        known = [logged.known_of(one, row, numbers) for one in shown[start : start + ROWS_AT_ONCE]]
+        for one, scores in zip(known, scorer(known), strict=True):
+            scores[one["items"]] = -np.inf
+            best = np.argsort(-scores, kind="stable")[:most]
+            found.append([items[i] for i in best if np.isfinite(scores[i])])
+    return found
 
 
 def report(
@@ -207,7 +244,7 @@ def report(
             metrics=figures[MODEL],
             per_class={},
             confusion=[],
-            calibration=calibration(ranked[MODEL], targets, usual),
+            calibration=calibration(ranked[MODEL], targets, usual, settings.evaluation.calibration_bins),
             slices=_slices(ranked[MODEL].ranks, known, targets, fresh, seen),
             baselines={name: one for name, one in figures.items() if name != MODEL},
             intervals=intervals,
@@ -269,7 +306,7 @@ def lead(candidate: Measured, rival: Measured, resamples: int, metric: str) -> t
     return (value, *interval(drawn["0"] - drawn["1"]))
 
 
-def calibration(ranked: Ranked, targets: np.ndarray, usual: np.ndarray) -> list[dict[str, float]]:
+def calibration(ranked: Ranked, targets: np.ndarray, usual: np.ndarray, bins: int) -> list[dict[str, float]]:
     """Bins of as many recommended items each, from the least likely to the likeliest: how likely the model said that they
     come next, and how often they did."""
     said = ranked.chances[usual].ravel()
@@ -283,7 +320,7 @@ def calibration(ranked: Ranked, targets: np.ndarray, usual: np.ndarray) -> list[
             "confidence": float(said[part].mean()),
             "accuracy": float(came[part].mean()),
         }
-        for part in np.array_split(order, min(BINS, len(order)))
+        for part in np.array_split(order, min(bins, len(order)))
     ]
 
 

@@ -46,6 +46,7 @@ def render(report: EvalReport) -> str:
             f"{HEADINGS[report.deciding]} above {name}: {value:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
             for name, (value, low, high) in report.differences.items()
         ),
+        _earned(report),
         *(
             table(
                 [name, "rows", *SLICED.values()],
@@ -58,6 +59,16 @@ def render(report: EvalReport) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _earned(report: EvalReport) -> str:
+    if not (said := report.logged):
+        return ""
+    return (
+        f"in the place of what answered {said['requests']:,.0f} logged requests: {said['estimated']:.4f} of the places taken "
+        f"(95% interval {said['low']:.4f} to {said['high']:.4f}; {said['matched']:,.0f} of {said['places']:,.0f} places match, "
+        f"worth {said['effective']:,.0f}); logged: {said['logged']:.4f}"
+    )
 
 
 def _ends(report: EvalReport, name: str) -> str:
@@ -83,6 +94,7 @@ def write(measured: Measured, folder: Path) -> None:
         systems=systems(report),
         headings={key: heading for key, heading in HEADINGS.items() if key in report.metrics},
         sliced=SLICED,
+        earned=_earned(report),
         figure=base64.b64encode(png).decode(),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")

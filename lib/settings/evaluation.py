@@ -153,6 +153,9 @@ class EvaluationSettings(Section):
     behaviours: list[Behaviour] = []
     """What an answer must and must not depend on."""
     answers: AnswerSettings = AnswerSettings()
+    logged_days: Annotated[float, Field(gt=0)] | None = None
+    """recommend: estimate what the model would have earned in the place of those that answered in the last days, from what the
+    application logged while it explored (`lib.evaluation.logged`)."""
 
 
 class PromotionSettings(Section):

@@ -39,7 +39,7 @@ def test_chances_are_as_often_right_as_they_are_said_to_be() -> None:
         return logits[start : start + len(part)]
 
     found = rank(scorer, known([[]] * len(logits)), targets)
-    bins = calibration(found, targets, np.ones(len(targets), bool))
+    bins = calibration(found, targets, np.ones(len(targets), bool), 10)
     assert sum(one["rows"] for one in bins) == found.first.size
     assert [one["confidence"] for one in bins] == sorted(one["confidence"] for one in bins)
     for one in bins:
