@@ -35,6 +35,8 @@ RETRIEVAL, POPULARITY, TRANSITIONS = "retrieval", "popularity", "transitions"
 # Rows that are ranked at a time: their scores are float32 [ROWS, N].
 ROWS_AT_ONCE = 256
 EXAMPLES, SHOWN_HISTORY = 12, 8
+# Values of a users' column that have a slice.
+GROUPS = 12
 # Interactions in training from which on an item is no longer rare.
 RARE = 10
 
@@ -245,7 +247,8 @@ def report(
             per_class={},
             confusion=[],
             calibration=calibration(ranked[MODEL], targets, usual, settings.evaluation.calibration_bins),
-            slices=_slices(ranked[MODEL].ranks, known, targets, fresh, seen),
+            slices=_slices(ranked[MODEL].ranks, known, targets, fresh, seen)
+            | _groups(ranked[MODEL].ranks[usual], [known[i] for i in np.flatnonzero(usual)], dataset),
             baselines={name: one for name, one in figures.items() if name != MODEL},
             intervals=intervals,
             differences=differences,
@@ -391,6 +394,29 @@ def _slices(
             for chosen in [chosen & (~fresh if name == "history" else np.ones(len(fresh), bool))]
         }
         for name, values in of.items()
+    }
+
+
+def _groups(
+    found: np.ndarray, known: list[dict[str, Any]], dataset: DatasetRef
+) -> dict[str, dict[str, dict[str, float]]]:
+    """By what is known of the users besides what they do: of each column the values of the most rows."""
+    names = dataset.manifest()["users_known"]["categories"]
+    rows: dict[str, dict[str, list[int]]] = {}
+    for row, one in enumerate(known):
+        for code in one["user_categories"].tolist():
+            column, _, value = names[code].partition("=")
+            rows.setdefault(column, {}).setdefault(value, []).append(row)
+    return {
+        f"user's {column}": {
+            value: {
+                "rows": len(of),
+                **ranks.figures(found[of]),
+                "recall_50": float(ranks.hits(found[of], 50).mean()),
+            }
+            for value, of in sorted(values.items(), key=lambda item: -len(item[1]))[:GROUPS]
+        }
+        for column, values in rows.items()
     }
 
 

@@ -65,7 +65,7 @@ class Pool:
     worth: np.ndarray
     """float64 [P]: scores."""
     chances: np.ndarray
-    """float64 [P]: how likely each is what the user turns to next."""
+    """float64 [P]: how likely each is what the user turns to next; 0 where it was not wanted."""
 
     def reordered(self, worth: np.ndarray, coverage: float) -> Pool:
         """By other scores [P], whose softmax, times `coverage`, is how likely each is."""
@@ -154,15 +154,17 @@ class Shelf:
         found[rows[rows < count]] = False
         return found
 
-    def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int) -> Pool:
+    def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int, chances: bool = True) -> Pool:
         """The best `most` of those `allowed`, by scores [N] whose softmax over these is how likely each is."""
         own = np.where(allowed, scores, -np.inf)
         size = min(int(allowed.sum()), most)
         best = np.argpartition(-own, size - 1)[:size] if size else np.zeros(0, np.int64)
         best = best[np.argsort(-own[best], kind="stable")]
         worth = own[best].astype(np.float64)
-        weights = np.exp(own - own.max(initial=-np.inf, where=allowed)) if size else own
-        return Pool(best, worth, weights[best] / max(float(weights.sum()), 1e-30))
+        if not size or not chances:
+            return Pool(best, worth, np.zeros(size))
+        weights = np.exp(own - worth[0].astype(own.dtype))
+        return Pool(best, worth, weights[best] / float(weights.sum()))
 
     def pick(
         self, pool: Pool, k: int, rules: OfferSettings, diversity: float, random: np.random.Generator

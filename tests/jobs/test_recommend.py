@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from jobs.evaluate import evaluate
 from jobs.finetune import finetune
 from jobs.preprocess import preprocess
 from jobs.promote import promote
-from lib import registry, storage, tracking
+from lib import events, registry, storage, tracking
 from lib.data.plan import plan
 from lib.errors import ConfigError, DataError, GateError
 from lib.evaluation import report as files
+from lib.events import Feedback
 from lib.recommender import items as catalogue
 from lib.settings import Settings
 from tests.conftest import WORDS
@@ -106,6 +109,28 @@ def settings(database: Path, tiny_base: Path, tmp_path: Path) -> Settings:
     )  # fmt: skip
 
 
+def log_lists(count: int) -> None:
+    """Of an application that shows one film by chance to who has seen two of a row; the third is taken."""
+    random = np.random.default_rng(5)
+    rows, taken = [], []
+    for number in range(count):
+        start, shown = random.integers(FILMS), random.integers(FILMS)
+        asked = {"history": [f"f{start}", f"f{(start + 1) % FILMS}"]}
+        rows.append(
+            {
+                "id": f"r{number}", "application": "films", "model": "films@1", "time": time.time(),
+                "route": "/v1/recommendations", "status": 200, "milliseconds": 1.0, "tokens": 0, "key": None,
+                "request": json.dumps(asked),
+                "answer": json.dumps({"results": [{"item": f"f{shown}", "propensity": 1 / FILMS}]}),
+            }
+        )  # fmt: skip
+        if shown == (start + 2) % FILMS:
+            taken.append(Feedback(f"r{number}", label=f"f{shown}", rating=1.0))
+    events.write(rows)
+    for feedback in taken:
+        events.say(feedback, "films")
+
+
 @pytest.mark.slow
 def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(settings)
@@ -141,7 +166,11 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     assert report.differences["popularity"][1] > 0
     assert 0.5 < report.metrics["coverage_10"] <= 1
     assert set(report.baselines) == {"retrieval", "popularity", "transitions"}
-    assert set(report.slices) == {"history", "item"}
+    assert set(report.slices) == {"history", "item", "user's town"}
+    assert set(report.slices["user's town"]) == {"a", "b"}
+    assert sum(part["rows"] for part in report.slices["user's town"].values()) <= report.rows
+    assert sum(bin["rows"] for bin in report.calibration) == 10 * report.rows
+    assert report.logged == {}
     assert report.slices["item"]["held out"]["rows"] == sum(row["fresh"] for row in test)
     with storage.local_copy(run.ref.evaluation_uri) as folder:
         page = (folder / "report.html").read_text()
@@ -151,6 +180,23 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "NDCG@10 above popularity" in said
     assert f"{report.metrics['ndcg_10']:.3f}" in said
+
+    # What an application logged while it explored tells what this model would have earned in its place.
+    asking = settings.model_copy(
+        update={"evaluation": settings.evaluation.model_copy(update={"logged_days": 1})}
+    )
+    with pytest.raises(DataError, match=r"evaluation\.logged_days: films logged no list in 1 days"):
+        evaluate(asking)
+    log_lists(400)
+    capsys.readouterr()
+    evaluate(asking)
+    earned = files.read(run.ref.evaluation_uri).report.logged
+    assert earned["requests"] == 400
+    assert earned["low"] <= earned["estimated"] <= earned["high"]
+    # Shown by chance the film that comes next was seldom there; the model knows it.
+    assert earned["estimated"] > 3 * earned["logged"] > 0
+    said = capsys.readouterr().out
+    assert f"{earned['estimated']:.4f} of the places taken" in said
 
     # Nothing is better than transitions where one film always follows another: the gate says so.
     with pytest.raises(GateError, match=r"does not meet the gate .*ndcg_10 above baseline transitions"):
