@@ -34,7 +34,7 @@ from lib.artifacts import DatasetRef
 from lib.command import connect
 from lib.data.build import build
 from lib.data.plan import plan
-from lib.evaluation import rankings
+from lib.evaluation import lists, rankings
 from lib.evaluation.rankings import Ranked, Scorer, rank
 from lib.recommender import items as catalogue
 from lib.recommender import ranks, vectors
@@ -289,9 +289,9 @@ def tell(report: Report, protocol: str, found: dict[str, list[Ranked]], seen: np
         report.row(
             f"{protocol}: ndcg_10 of {name} above {best}", value, unit=f"95%: {low:+.4f} to {high:+.4f}"
         )
-    rare = seen < rankings.RARE
+    rare = seen < lists.RARE
     for cut in (10, 50):
-        case = f"{protocol}: recall@{cut}, {int(rare.sum())} items seen under {rankings.RARE} times"
+        case = f"{protocol}: recall@{cut}, {int(rare.sum())} items seen under {lists.RARE} times"
         tell_recall(report, case, found, cut, rare)
 
 

@@ -65,8 +65,9 @@ def publish(items: int) -> None:
 
     from lib.recommender import predictor, signals
     from lib.recommender.model import Facts, Recommender, Shape
+    from lib.recommender.neighbours import Neighbours
     from lib.recommender.ranker import Ranker
-    from lib.recommender.signals import Neighbours, Signals
+    from lib.recommender.signals import Signals
 
     random = np.random.default_rng(0)
     settings = settings_of(1)

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.evaluation.rankings import _joined, calibration, rank
+from lib.evaluation.lists import calibration
+from lib.evaluation.rankings import _joined, rank
 
 
 def known(histories: list[list[int]]) -> list[dict[str, Any]]:
@@ -39,7 +40,7 @@ def test_chances_are_as_often_right_as_they_are_said_to_be() -> None:
         return logits[start : start + len(part)]
 
     found = rank(scorer, known([[]] * len(logits)), targets)
-    bins = calibration(found, targets, np.ones(len(targets), bool), 10)
+    bins = calibration(found.first, found.chances, targets, 10)
     assert sum(one["rows"] for one in bins) == found.first.size
     assert [one["confidence"] for one in bins] == sorted(one["confidence"] for one in bins)
     for one in bins:
