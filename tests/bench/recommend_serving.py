@@ -193,7 +193,7 @@ def ours(items: int, seconds: float) -> list[Measured]:
     port = free_port()
     with running(
         ["tests.bench.recommend_serving", "--serve", "ours", "--port", str(port)],
-        lambda: healthy(f"http://127.0.0.1:{port}/healthz"),
+        lambda: healthy(f"http://127.0.0.1:{port}/readyz"),
         **ray_environment(),
     ):
         return [measure(f"http://127.0.0.1:{port}{PATH}", bodies(), c, seconds) for c in CLIENTS]
@@ -215,7 +215,7 @@ def until_changed(report: Report, rounds: int) -> None:
     waited = []
     with running(
         ["tests.bench.recommend_serving", "--serve", "ours", "--port", str(port), "--replicas", "2"],
-        lambda: healthy(f"{url}/healthz"),
+        lambda: healthy(f"{url}/readyz"),
         **ray_environment(),
     ), httpx.Client(headers={"authorization": f"Bearer {os.environ['BENCH_KEY']}"}, timeout=60) as client:  # fmt: skip
         for number in range(rounds):

@@ -282,6 +282,7 @@ def test_the_shipped_file_is_what_serve_deploy_reads() -> None:
     assert [(app.name, app.route_prefix) for app in config.applications] == [
         ("reviews", "/"),
         ("shop", "/shop"),
+        ("movies", "/movies"),
     ]
     shop = load_settings("jobs/configs/shop_chat.yaml").serving
     assert ServingSettings.model_validate(config.applications[1].args).knowledge == shop.knowledge
