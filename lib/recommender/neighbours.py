@@ -19,6 +19,8 @@ TOGETHER_FADES = 0.7
 L2 = 400.0
 # Up to so many items the linear model is solved, which takes as many to the third operations; beyond, cosines are.
 SOLVED = 8_192
+# Pairs of these are counted of each user in large catalogues: who took very much tells little, and would cost most.
+LATEST = 200
 
 
 @dataclass(frozen=True)
@@ -75,18 +77,27 @@ class Neighbours:
 def together(sequences: Sequence[np.ndarray], items: int) -> csr_array:
     """[N, N]: what says that who took one item takes another. Of a small catalogue the weights of a linear model that
     foretells each user's items from the others (EASE, Steck 2019, https://doi.org/10.1145/3308558.3313710); of a large
-    one the cosines of the items' users (Sarwar et al. 2001, https://doi.org/10.1145/371920.372071)."""
-    rows = np.repeat(np.arange(len(sequences)), [len(row) for row in sequences])
-    columns = np.concatenate(sequences) if sequences else rows
-    taken = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(sequences), items))
-    taken.data = np.minimum(taken.data, 1)  # what is taken twice is taken
+    one the cosines of the items' users (Sarwar et al. 2001, https://doi.org/10.1145/371920.372071), each with the latest
+    that they took."""
     if items <= SOLVED:
+        taken = _taken(sequences, items)
         inverse = np.linalg.inv((taken.T @ taken).toarray().astype(np.float64) + L2 * np.eye(items))
         weights = -inverse / np.diag(inverse)
         np.fill_diagonal(weights, 0)
         return csr_array(weights)
+    taken = _taken([row[-LATEST:] for row in sequences], items)
     norms = 1 / np.sqrt(np.maximum(np.asarray(taken.sum(0)).ravel(), 1))
     scaled = taken @ csr_array((norms, (np.arange(items), np.arange(items))), shape=(items, items))
-    cosines = (scaled.T @ scaled).tolil()
-    cosines.setdiag(0)
-    return csr_array(cosines)
+    cosines = csr_array(scaled.T @ scaled)
+    own = np.repeat(np.arange(items), np.diff(cosines.indptr)) == cosines.indices
+    cosines.data[own] = 0
+    return cosines
+
+
+def _taken(sequences: Sequence[np.ndarray], items: int) -> csr_array:
+    """float32 [users, N]: 1 where a user took an item, once or often."""
+    rows = np.repeat(np.arange(len(sequences)), np.array([len(row) for row in sequences], np.int64))
+    columns = np.concatenate([np.zeros(0, np.int64), *sequences])
+    found = csr_array((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(sequences), items))
+    found.data = np.minimum(found.data, 1)
+    return found

@@ -307,9 +307,11 @@ def load(folder: Path, serving: ServingSettings) -> Predictor:
 
 
 def _ranker(folder: Path, shape: Shape) -> Ranker | None:
-    """Raises ModelError for one of other features."""
+    """Raises ModelError for one of other features, and for one without what it reads."""
     if not (folder / ranker.FILE).exists():
         return None
+    if not (folder / signals.FILE).exists():
+        raise ModelError(f"{folder} has {ranker.FILE} but no {signals.FILE}, which it reads; export it again")
     found = Ranker.read(folder / ranker.FILE)
     wanted = signals.names(shape.item_number_names, shape.user_number_names)
     if found.names != wanted:
