@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 import tempfile
+import threading
 import time
 from typing import Any
 
@@ -182,7 +183,10 @@ def serve_rival(port: int) -> None:
         items, scores = model.recommend(user, had[user], N=body["k"], filter_already_liked_items=True)
         return {"items": [f"item-{i}" for i in items.tolist()], "scores": scores.tolist()}
 
-    uvicorn.run(app, port=port, log_level="warning")
+    threading.Thread(
+        target=uvicorn.run, args=(app,), kwargs={"port": port, "log_level": "warning"}, daemon=True
+    ).start()
+    sys.stdin.read()
 
 
 def bodies() -> list[dict[str, Any]]:
@@ -204,6 +208,7 @@ def theirs(seconds: float) -> list[Measured]:
     with running(
         ["tests.bench.recommend_serving", "--serve", "rival", "--port", str(port)],
         lambda: healthy(f"http://127.0.0.1:{port}/healthz"),
+        OPENBLAS_NUM_THREADS="1",  # as implicit asks for: with more, requests at once are in one another's way
     ):
         return [measure(f"http://127.0.0.1:{port}{PATH}", bodies(), c, seconds) for c in CLIENTS]
 
