@@ -20,12 +20,11 @@ import numpy as np
 
 from lib import events
 from lib.recommender import store
+from lib.recommender.forms import MOST_HISTORY
+from lib.tasks.recommend import ROUTE
 
-ROUTE = "/v1/recommendations"
 # A match counts at most so many times: a little bias for much less variance (Ionides 2008).
 MOST_WEIGHT = 200.0
-# Of a user's history, as serving reads it.
-MOST_HISTORY = 10_000
 RESAMPLES = 1_000
 
 

@@ -88,13 +88,14 @@ def model_scorers(model_uri: str, dataset: DatasetRef, serving: ServingSettings)
 
     def two_stages(known: list[dict[str, Any]]) -> np.ndarray:
         assert predictor.ranker is not None
-        found = retrieval(known)
+        known = [translate(one) for one in known]
+        found = predictor.scores_of(known)
         for one, scores in zip(known, found, strict=True):
             if not len(one["items"]):
                 continue  # the ranker goes by what was done
             best = candidates(scores, one["items"])
             # It is asked at the last that is known of a user, later than which nothing is told.
-            again = predictor.rank(history_of(translate(one)), int(one["times"][-1]), best, scores[best])
+            again = predictor.rank(history_of(one), int(one["times"][-1]), best, scores[best])
             scores[:] = _joined(scores, one["items"], best, again, predictor.ranker.coverage)
         return found
 

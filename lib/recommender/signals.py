@@ -148,7 +148,7 @@ class Signals:
         retrieval scores [P], for a history int64 [L], a time and a user's numbers. Those of items are standardised over the
         candidates.
 
-        With a `timeline` popularity is what it was at that time: then nothing is known that came later.
+        With a `timeline` what was taken lately is what it was at that time; without, at the end of training.
         """
         time = min(int(time), self.end)
         seen, lately, first = self._counts(candidates, time, timeline)

@@ -15,6 +15,7 @@ from lib.evaluation.logged import Shown, estimate, read
 from lib.events import Feedback
 from lib.recommender import store
 from lib.recommender.store import Interaction
+from lib.tasks.recommend import ROUTE
 
 ITEMS = [f"i{n}" for n in range(8)]
 # How likely each is to be taken where it is shown.
@@ -66,7 +67,7 @@ def test_without_a_match_nothing_is_known() -> None:
     assert (found["matched"], found["estimated"], found["high"]) == (0, 0, 0)
 
 
-def event(number: int, asked: dict[str, Any], route: str = logged.ROUTE) -> dict[str, Any]:
+def event(number: int, asked: dict[str, Any], route: str = ROUTE) -> dict[str, Any]:
     answer = {"results": [{"item": "i1", "propensity": 0.9}, {"item": "i2", "propensity": 0.1}]}
     return {
         "id": f"r{number}", "application": "films", "model": "films@1", "time": time.time(), "route": route,

@@ -131,6 +131,25 @@ def log_lists(count: int) -> None:
         events.say(feedback, "films")
 
 
+def earns_in_the_place_of_others(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    """What an application logged while it explored tells what this model would have earned in its place."""
+    asking = settings.model_copy(
+        update={"evaluation": settings.evaluation.model_copy(update={"logged_days": 1})}
+    )
+    with pytest.raises(DataError, match=r"evaluation\.logged_days: films logged no list in 1 days"):
+        evaluate(asking)
+    log_lists(400)
+    capsys.readouterr()
+    evaluate(asking)
+    earned = files.read(tracking.find_run(settings, "finetune").ref.evaluation_uri).report.logged
+    assert earned["requests"] == 400
+    assert earned["low"] <= earned["estimated"] <= earned["high"]
+    # Shown by chance the film that comes next was seldom there; the model knows it.
+    assert earned["estimated"] > 3 * earned["logged"] > 0
+    said = capsys.readouterr().out
+    assert f"{earned['estimated']:.4f} of the places taken" in said
+
+
 @pytest.mark.slow
 def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(settings)
@@ -181,22 +200,7 @@ def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) 
     assert "NDCG@10 above popularity" in said
     assert f"{report.metrics['ndcg_10']:.3f}" in said
 
-    # What an application logged while it explored tells what this model would have earned in its place.
-    asking = settings.model_copy(
-        update={"evaluation": settings.evaluation.model_copy(update={"logged_days": 1})}
-    )
-    with pytest.raises(DataError, match=r"evaluation\.logged_days: films logged no list in 1 days"):
-        evaluate(asking)
-    log_lists(400)
-    capsys.readouterr()
-    evaluate(asking)
-    earned = files.read(run.ref.evaluation_uri).report.logged
-    assert earned["requests"] == 400
-    assert earned["low"] <= earned["estimated"] <= earned["high"]
-    # Shown by chance the film that comes next was seldom there; the model knows it.
-    assert earned["estimated"] > 3 * earned["logged"] > 0
-    said = capsys.readouterr().out
-    assert f"{earned['estimated']:.4f} of the places taken" in said
+    earns_in_the_place_of_others(settings, capsys)
 
     # Nothing is better than transitions where one film always follows another: the gate says so.
     with pytest.raises(GateError, match=r"does not meet the gate .*ndcg_10 above baseline transitions"):
