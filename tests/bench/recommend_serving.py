@@ -32,6 +32,8 @@ from lib import keys, storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.base_models import base_directory
 from lib.recommender import store
+from lib.recommender.neighbours import Neighbours
+from lib.recommender.signals import Signals
 from lib.recommender.store import Interaction
 from lib.registry import VERSION_FILE
 from lib.settings import Settings, load_settings
@@ -66,9 +68,7 @@ def publish(items: int) -> None:
 
     from lib.recommender import predictor, signals
     from lib.recommender.model import Facts, Recommender, Shape
-    from lib.recommender.neighbours import Neighbours
     from lib.recommender.ranker import Ranker
-    from lib.recommender.signals import Signals
 
     random = np.random.default_rng(0)
     settings = settings_of(1)
@@ -85,21 +85,7 @@ def publish(items: int) -> None:
         shape, Facts(none, none, np.zeros((0, 0), np.float32), none, np.zeros((0, 384), np.float32))
     )
     codes = np.sort(random.integers(0, GENRES, (items, 2)), 1)
-    near = [
-        Neighbours(
-            np.arange(items + 1, dtype=np.int64) * NEIGHBOURS,
-            random.integers(0, items, items * NEIGHBOURS, np.int32),
-            random.random(items * NEIGHBOURS, np.float32),
-            0.8,
-        )
-        for _ in range(2)
-    ]
     seen = random.integers(1, 1000, items).astype(np.float32)
-    known = Signals(
-        *near, 10**9, random.standard_normal((items, 384), np.float32).astype(np.float16), seen, seen / 10,
-        np.full(items, 9 * 10**8), np.full(GENRES, 1 / GENRES, np.float32), codes.ravel().astype(np.int64),
-        np.arange(items + 1, dtype=np.int64) * 2, np.zeros((items, 0), np.float32),
-    )  # fmt: skip
     names = signals.names([], [])
     with storage.publish(ModelRef("movies", 1).uri) as folder:
         predictor.write(model, base, TaskFile("recommend", [], 64, settings.model.base, "0" * 16), folder)
@@ -119,7 +105,7 @@ def publish(items: int) -> None:
             }
         )
         pq.write_table(table, folder / "items-00000.parquet")
-        known.write(folder)
+        random_signals(items, seen, codes, random).write(folder)
         weights = [1.0, *random.random(len(names) - 1).tolist()]
         Ranker(names, [], weights, 0.8, {}).write(folder)
         files = {
@@ -128,6 +114,23 @@ def publish(items: int) -> None:
             if path.is_file()
         }
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
+
+
+def random_signals(items: int, seen: np.ndarray, codes: np.ndarray, random: np.random.Generator) -> Signals:
+    near = [
+        Neighbours(
+            np.arange(items + 1, dtype=np.int64) * NEIGHBOURS,
+            random.integers(0, items, items * NEIGHBOURS, np.int32),
+            random.random(items * NEIGHBOURS, np.float32),
+            0.8,
+        )
+        for _ in range(2)
+    ]
+    return Signals(
+        *near, 10**9, random.standard_normal((items, 384), np.float32).astype(np.float16), seen, seen / 10,
+        np.full(items, 9 * 10**8), np.full(GENRES, 1 / GENRES, np.float32), codes.ravel().astype(np.int64),
+        np.arange(items + 1, dtype=np.int64) * 2, np.zeros((items, 0), np.float32),
+    )  # fmt: skip
 
 
 def remember(items: int) -> None:
