@@ -13,8 +13,9 @@ its own pid. Reloads work as without it: the next one takes the listening socket
 its signal (`-sf`). Of Python's own library alone, since it runs before anything else of Whorl does.
 
 HAProxy tries a request again (`retry-on`) only if all of it had come when its first part was sent on, and many clients
-send the body apart: so it waits for the body, or for as much of it as its buffer holds. Whoever lets it wait for long
-gets the error that Whorl's applications have for it.
+send the body apart: so it waits for a body that its buffer holds. Whoever lets it wait for long gets the error that
+Whorl's applications have for it. It does not wait for a body that declares to be longer, which it could not send twice:
+whether that is too long is the application's to say, and by its head alone.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signa
 ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
 RETRYING = re.compile(r"^(\s*)option redispatch .*$", re.MULTILINE)
+ENTRY = re.compile(r"^frontend http_frontend\n(\s*)bind .*$", re.MULTILINE)
+BUFFER = re.compile(r"^\s*tune\.bufsize (\d+)$", re.MULTILINE)
 BODY_TIMEOUT_S = 20
 TOO_LATE = {
     "message": f"the request did not come whole within {BODY_TIMEOUT_S} s",
@@ -137,6 +140,10 @@ class Supervisor:
         mine = self._config.with_name(f"{self._config.name}.supervised")
         # Serve lets every user of the machine command its HAProxy: not here.
         text = ADMIN.sub(lambda at: f"{at[1]}{own_socket(at[2])} mode 600", self._config.read_text())
+        buffer = BUFFER.search(text)
+        wait = f"http-request wait-for-body time {BODY_TIMEOUT_S}s"
+        fits = f"unless {{ req.hdr_val(content-length) gt {buffer[1] if buffer else 16384} }}"
+        text = ENTRY.sub(lambda at: f"{at[0]}\n{at[1]}{wait} {fits}", text)
         text = RETRYING.sub(lambda at: "\n".join([at[0], *(at[1] + line for line in self._defaults())]), text)
         with open(f"{mine}.{os.getpid()}", "w") as file:
             file.write(text)
@@ -152,7 +159,6 @@ class Supervisor:
         file = self._config.with_name(f"{self._config.name}.408.http")
         file.write_text(f"{head}content-length: {len(body)}\r\n\r\n{body}", newline="")
         return [
-            "option http-buffer-request",
             f"timeout http-request {BODY_TIMEOUT_S}s",
             f"errorfile 408 {file}",
         ]

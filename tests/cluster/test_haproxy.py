@@ -29,7 +29,7 @@ defaults
     timeout client 5s
     timeout server 5s
     option redispatch 1
-frontend http
+frontend http_frontend
     bind 127.0.0.1:{port}
     http-request return status 200 content-type text/plain string {says}
 """
@@ -104,7 +104,7 @@ def test_one_that_is_killed_is_started_again(ingress: Ingress) -> None:
         assert child(process).pid != before.pid
         assert ingress.pid() == process.pid, "whoever asks sees no other"
     assert "HAProxy died of signal 9; started again" in ingress.said()
-    assert b"http,FRONTEND" in ask(str(ingress.socket), b"show stat\n")
+    assert b"http_frontend,FRONTEND" in ask(str(ingress.socket), b"show stat\n")
     modes = {path.stat().st_mode & 0o777 for path in ingress.folder.iterdir() if path.is_socket()}
     assert modes == {0o600}, "no other user commands it"
 

@@ -53,9 +53,9 @@ class Monitored:
         return answer.body
 
 
-def publish_undecided(base: Path) -> tuple[str, str, str]:
-    """reviews@5: reviews@1, whose weights are random, with biases that make no label likelier than another. Two texts
-    to which it gives different labels, and the first's label."""
+def publish_decided(base: Path) -> tuple[str, str, str]:
+    """reviews@5: reviews@1, whose weights are random, with a head that tells apart the two texts which lie farthest from
+    each other, whatever the precision. The two texts, and the first's label."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -67,22 +67,20 @@ def publish_undecided(base: Path) -> tuple[str, str, str]:
         model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
         encoded = AutoTokenizer.from_pretrained(folder)(texts, return_tensors="pt", padding=True)
         info = TaskFile.read(folder, "sentiment")
-    encoded.pop("token_type_ids", None)
     with torch.no_grad():
-        logits = model(**encoded).logits
-        # Far apart, so that bf16 and fp32 give the same labels.
-        model.classifier.bias.sub_(logits.mean(0)).mul_(20)
-        model.classifier.weight.mul_(20)
-        logits = (logits - logits.mean(0)) * 20
+        vectors = model.base_model(**encoded).pooler_output
+        first, second = divmod(int(torch.cdist(vectors, vectors).argmax()), len(texts))
+        apart = vectors[first] - vectors[second]
+        apart *= 8 / apart.square().sum()  # the two's logits lie 8 apart
+        middle = apart @ (vectors[first] + vectors[second]) / 2
+        model.classifier.weight.copy_(torch.stack([apart, -apart, 0 * apart]))
+        model.classifier.bias.copy_(torch.stack([-middle, middle, torch.tensor(-20.0)]))
     ref = ModelRef("reviews", 5)
     with storage.publish(ref.uri) as folder:
         sentiment.save(model, base, info, folder)
         files = {path.name: storage.checksum(str(path)) for path in folder.iterdir()}
         storage.write_json(str(folder / VERSION_FILE), {"files": files})
-    scores = torch.softmax(logits, -1).max(-1)
-    order = scores.values.argsort(descending=True).tolist()
-    other = next(place for place in order if scores.indices[place] != scores.indices[order[0]])
-    return texts[other], texts[order[0]], LABELS[int(scores.indices[other])]
+    return texts[first], texts[second], LABELS[0]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +90,7 @@ def monitored(store: Path, tiny_base: Path, ray_cluster: None) -> Iterator[Monit
 
     from serve.deploy import deploy
 
-    bad, good, negative = publish_undecided(tiny_base)
+    bad, good, negative = publish_decided(tiny_base)
     receiver = Receiver(500, 200)
     hooks = [{"url": receiver.url, "secret_env": "WHORL_TEST_SECRET"}]
     rules = RULES.model_dump(mode="json") | {"negative": negative, "every_s": 0.5, "webhooks": hooks}
