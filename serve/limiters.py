@@ -1,6 +1,7 @@
 """Who counts what keys use, over all replicas: an actor of the cluster or, by `serving.access.redis`, a Redis server.
 
-Both count as lib/limits.py does. When the counter does not answer, each replica counts for itself for a while: nobody
+Both count as lib/limits.py does. A replica takes a block at a time of a key that may ask much, so that it need not ask
+for each request: what is left of one after a second is lost, at most a hundredth of the limit of each. When the counter does not answer, each replica counts for itself for a while: nobody
 is refused because of it, and a key may use as much of each replica.
 """
 
@@ -12,6 +13,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import ray
@@ -21,7 +23,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from lib.limits import TOLERANCE_S, WINDOW_S, Buckets, Charge, Verdict
+from lib.limits import SWEEP_AT, TOLERANCE_S, WINDOW_S, Buckets, Charge, Verdict
 from lib.settings import AccessSettings
 
 logger = logging.getLogger("ray.serve")
@@ -33,6 +35,8 @@ COUNTER_WAITS_S = 1.0
 # How long it is not asked again after it did not answer.
 COUNTER_AWAY_S = 5.0
 PASSWORD = "WHORL_REDIS_PASSWORD"
+# Of a minute's worth, and how long it is good.
+BLOCK_SHARE, BLOCK_S = 0.01, 1.0
 
 
 class Limiter(Protocol):
@@ -41,6 +45,26 @@ class Limiter(Protocol):
 
     async def charge(self, charges: Sequence[Charge]) -> None:
         """Take charges that were known only afterwards."""
+
+
+@dataclass
+class Block:
+    """What was taken of a limit and is not used yet."""
+
+    left: float = 0.0
+    until: float = 0.0
+    remaining: int = 0
+    """Of the limit, besides."""
+    nearly_used: float = 0.0
+    """Until then each request is asked for by itself: there was less than a block."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def use(self, charge: Charge) -> Verdict | None:
+        """None when it has not as much."""
+        if self.left < charge.cost or time.monotonic() >= self.until:
+            return None
+        self.left -= charge.cost
+        return Verdict(True, remaining=(self.remaining + int(self.left),))
 
 
 class SharedLimiter(ABC):
@@ -52,8 +76,39 @@ class SharedLimiter(ABC):
     def __init__(self) -> None:
         self._own = Buckets()
         self._away_until = 0.0
+        self._blocks: dict[str, Block] = {}
 
     async def take(self, charges: Sequence[Charge]) -> Verdict:
+        # A limit that is counted afterwards must be asked each time, since there may be a debt.
+        if len(charges) == 1 and charges[0].cost:
+            size = int(charges[0].per_minute * BLOCK_SHARE)
+            if size > charges[0].cost:
+                return await self._take_of_block(charges[0], size)
+        return await self._take_now(charges)
+
+    async def _take_of_block(self, charge: Charge, size: int) -> Verdict:
+        block = self._blocks.get(charge.name)
+        if block is None:
+            if len(self._blocks) >= SWEEP_AT:
+                now = time.monotonic()
+                self._blocks = {n: b for n, b in self._blocks.items() if b.until > now or b.asking.locked()}
+            block = self._blocks[charge.name] = Block()
+        if verdict := block.use(charge):
+            return verdict
+        if time.monotonic() < block.nearly_used:
+            return await self._take_now([charge])
+        async with block.asking:  # whoever waits meanwhile has its part of what comes
+            if verdict := block.use(charge):
+                return verdict
+            verdict = await self._take_now([charge._replace(cost=size)])
+            if not verdict.allowed:
+                block.nearly_used = time.monotonic() + BLOCK_S
+                return await self._take_now([charge])
+            block.left, block.until = size, time.monotonic() + BLOCK_S
+            (block.remaining,) = verdict.remaining
+            return block.use(charge) or verdict
+
+    async def _take_now(self, charges: Sequence[Charge]) -> Verdict:
         if time.monotonic() >= self._away_until:
             try:
                 return await self._take(charges)

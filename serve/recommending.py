@@ -20,7 +20,7 @@ from lib.recommender import forms, store
 from lib.recommender.forms import Found, Named, Reason, Recommended, Similar
 from lib.recommender.items import JOINT, Scale
 from lib.recommender.predictor import History, Predictor
-from lib.recommender.shelf import Filters, Item, Pick, Shelf
+from lib.recommender.shelf import Filters, Item, Shelf
 from lib.recommender.store import Interaction
 from lib.settings import ServingSettings
 from lib.tasks import recommend as task
@@ -219,22 +219,23 @@ class Model:
             pool = pool.reordered(worth, ranker.coverage)
         wanted = self.rules.diversity if body.diversity is None else body.diversity
         picks = self.shelf.pick(pool, body.k, self.rules, wanted, np.random.default_rng())
-        return [self._recommended(pick, known.did.items.tolist()) for pick in picks]
+        reasons = self.shelf.reasons([pick.row for pick in picks], known.did.items.tolist())
+        return [
+            Recommended(
+                item=item.id,
+                title=item.title,
+                score=pick.score,
+                probability=pick.probability,
+                propensity=pick.propensity,
+                reason=Reason(because=[self.named(row) for row in because], words=words),
+            )
+            for pick, (because, words) in zip(picks, reasons, strict=True)
+            for item in (self.shelf.items[pick.row],)
+        ]
 
     def _allowed(self, body: forms.Who, known: Known, count: int) -> np.ndarray:
         out = [*self.blocked, *(known.did.items.tolist() if body.exclude_seen else ())]
         return self.shelf.allowed(self.filters(body.filters), out, count)
-
-    def _recommended(self, pick: Pick, history: list[int]) -> Recommended:
-        because, words = self.shelf.reason(pick.row, history)
-        reason = Reason(because=[self.named(row) for row in because], words=words)
-        return Recommended(
-            **self.named(pick.row).model_dump(),
-            score=pick.score,
-            probability=pick.probability,
-            propensity=pick.propensity,
-            reason=reason,
-        )
 
     def named(self, row: int) -> Named:
         item = self.shelf.items[row]

@@ -5,6 +5,7 @@ Shapes: N items, W width.
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,11 @@ class Item:
     """`COLUMN=value` each."""
     numbers: tuple[float, ...] = ()
     available: bool = True
+
+    @functools.cached_property
+    def words(self) -> tuple[str, ...]:
+        """Of the title, each once, the shortest left out."""
+        return tuple(dict.fromkeys(word.lower() for word in WORD.findall(self.title)))
 
 
 @dataclass(frozen=True)
@@ -220,30 +226,25 @@ class Shelf:
         best = np.argsort(-cosines, kind="stable")[:k]
         return [(int(r), float(cosines[r])) for r in best if np.isfinite(cosines[r])]
 
-    def reason(self, row: int, history: Sequence[int]) -> tuple[list[int], list[str]]:
-        """Rows of the history whose items are most like an item, the latest counting most; and the words and values that
-        it has in common with them."""
-        if not history:
-            return [], []
-        rows = list(dict.fromkeys(reversed(history)))
-        vectors = self._vectors[rows]
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(self._vectors[row])
-        cosines = vectors @ self._vectors[row] / np.maximum(norms, 1e-12)
-        worth = cosines * FADES ** np.arange(len(rows))
-        order = [int(i) for i in np.argsort(-worth, kind="stable")[:REASONS] if cosines[i] > ALIKE]
-        because = [rows[i] for i in order]
+    def reasons(self, rows: Sequence[int], history: Sequence[int]) -> list[tuple[list[int], list[str]]]:
+        """For each of the rows: those of the history whose items are most like its item, the latest counting most; and
+        the words and values that it has in common with them."""
+        if not history or not rows:
+            return [([], []) for _ in rows]
+        had = list(dict.fromkeys(reversed(history)))
+        own, others = self._vectors[list(rows)], self._vectors[had]
+        norms = np.linalg.norm(own, axis=1)[:, None] * np.linalg.norm(others, axis=1)
+        cosines = own @ others.T / np.maximum(norms, 1e-12)
+        order = np.argsort(-cosines * FADES ** np.arange(len(had)), kind="stable", axis=1)[:, :REASONS]
+        found = []
+        for row, best, alike in zip(rows, order.tolist(), cosines, strict=True):
+            because = [had[i] for i in best if alike[i] > ALIKE]
+            said = {name for r in because for name in self._said(r)}
+            common = [name.partition("=")[2] or name for name in self._said(row) if name in said]
+            found.append((because, list(dict.fromkeys(common))))
+        return found
+
+    def _said(self, row: int) -> list[str]:
+        """Categories, and words of the title, which have no `=`."""
         item = self.items[row]
-        own = _words(item)
-        common = [
-            *(
-                name.partition("=")[2]
-                for name in item.categories
-                if any(name in self.items[r].categories for r in because)
-            ),
-            *(word for word in own if any(word in _words(self.items[r]) for r in because)),
-        ]
-        return because, list(dict.fromkeys(common))
-
-
-def _words(item: Item) -> list[str]:
-    return [word.lower() for word in WORD.findall(item.title)]
+        return [*item.categories, *item.words]

@@ -139,8 +139,10 @@ def test_similar_items_are_those_with_the_nearest_vectors() -> None:
 
 def test_reasons_are_the_likest_of_the_history_and_what_they_have_in_common() -> None:
     shelf = made()
-    because, words = shelf.reason(4, [11, 0, 2, 6])
+    (because, words), other = shelf.reasons([4, 10], [11, 0, 2, 6])
     assert because == [6, 2]  # as like, and later
     assert words == ["a", "film"]
-    assert shelf.reason(4, []) == ([], [])
-    assert shelf.reason(0, [N - 1]) == ([], [])  # of the other end
+    assert other[0][0] == 11
+    assert shelf.reasons([4], []) == [([], [])]
+    assert shelf.reasons([], [2]) == []
+    assert shelf.reasons([0], [N - 1]) == [([], [])]  # of the other end

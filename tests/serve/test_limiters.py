@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,6 +95,50 @@ def test_many_replicas_at_once_take_what_there_is_and_no_more(server: RedisServe
     (name,) = redis.keys("*")
     assert name == b"whorl:limits:{shop}:requests"
     assert 0 < redis.pttl(name) <= 60_000, "what is whole again is forgotten"
+
+
+def test_who_may_ask_much_is_asked_for_in_blocks_and_gets_no_more(server: RedisServer, redis: Redis) -> None:
+    charge = [Charge("shop/requests", 1, 3000)]
+    before = redis.info("commandstats").get("cmdstat_evalsha", {"calls": 0})["calls"]
+
+    async def asked() -> tuple[list[bool], list[int]]:
+        replicas = [RedisLimiter(server.url) for _ in range(4)]
+        found, began = [], time.monotonic()
+        for start in range(0, 3600, 40):
+            found += await asyncio.gather(*(replicas[i % 4].take(charge) for i in range(start, start + 40)))
+        back = (time.monotonic() - began) * 50
+        allowed = sum(verdict.allowed for verdict in found)
+        assert 2880 <= allowed <= 3000 + back, "of four replicas' blocks no more than one each is lost"
+        return [v.allowed for v in found], [v.remaining[0] for v in found if v.allowed]
+
+    allowed, remaining = asyncio.run(asked())
+    assert all(allowed[:2800])
+    assert remaining[0] == 2999
+    calls = redis.info("commandstats")["cmdstat_evalsha"]["calls"] - before
+    assert calls < 3000 / 30 + 4 + 2 * (3600 - sum(allowed)), (
+        "one question for each block, two for what is refused"
+    )
+
+
+def test_a_block_is_lost_after_a_while_and_a_debt_is_asked_for_each_time(
+    server: RedisServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiters, "BLOCK_S", 0.05)
+
+    async def asked() -> list[Any]:
+        limiter, other = RedisLimiter(server.url), RedisLimiter(server.url)
+        requests, tokens = Charge("shop/requests", 1, 1000), Charge("shop/tokens", 0, 1000)
+        found: list[Any] = [(await limiter.take([requests])).remaining]
+        await asyncio.sleep(0.1)
+        # Of the first ten nine are lost; one or two have come back.
+        found.append((await limiter.take([requests])).remaining[0])
+        await other.charge([tokens._replace(cost=5000)])
+        return [*found, (await limiter.take([requests, tokens])).stopped_by]
+
+    first, second, stopped = asyncio.run(asked())
+    assert first == (999,)
+    assert 989 <= second <= 992
+    assert stopped == "shop/tokens"
 
 
 def test_while_it_is_away_each_counts_for_itself(
