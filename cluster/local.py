@@ -1,6 +1,6 @@
 """One machine's cluster: a Ray head with its dashboard, Serve's ingress and the MLflow page.
 
-    python -m cluster.local up [--cpus 8] [--dashboard-port 8265] [--ui-port 5000] [--metrics-port 9464]
+    python -m cluster.local up [--cpus 8] [--nodes 1] [--dashboard-port 8265] [--ui-port 5000] [--metrics-port 9464]
     python -m cluster.local status | down | env | ui
 
 `up` starts a supervisor that stays in the background and owns every process of the cluster: it asks the
@@ -9,12 +9,17 @@ still its descendant. `down` ends the supervisor, and that ends them all; where 
 killed, `down` and the next `up` end what is left of its session. Token authentication is on;
 everything but Serve's HTTP port and HAProxy's own figures listens on the loopback interface only. Both
 commands are idempotent.
+
+`--nodes N` starts N - 1 more Ray nodes: as root each on a machine of its own inside this one (cluster/machines.py), with
+its own address, so that several nodes and what goes wrong between them can be tried; otherwise as further nodes of one
+address.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -25,13 +30,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from cluster import ingress
+from cluster import ingress, machines
 from lib import storage, tracking
 from lib.command import ALONE, MIN_LOGICAL_CPUS, STATE, running_cluster
 from lib.errors import ResourceError, WhorlError
@@ -67,6 +73,8 @@ def environment() -> dict[str, str]:
         **ALONE,
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # The page only shows what jobs wrote: its own workers would be ten processes of 240 MB.
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DO_NOT_TRACK": "true",
     }
 
@@ -94,7 +102,8 @@ def up(arguments: argparse.Namespace) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    words = ["--cpus", str(arguments.cpus)] + [w for o, p in ports.items() for w in (o, str(p))]
+    numbers = {"--cpus": arguments.cpus, "--nodes": arguments.nodes, **ports}
+    words = [word for option, number in numbers.items() for word in (option, str(number))]
     with LOG.open("ab") as log:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "cluster.local", "supervise", *words],
@@ -128,39 +137,131 @@ def supervise(arguments: argparse.Namespace) -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: stop.append(received))
     folder = temporary_folder()
-    agent = ingress.free_port()
-    head = subprocess.Popen(_head_command(arguments, folder, agent), env={**os.environ, **ingress.ports()})
-    page = subprocess.Popen(page_command(arguments.ui_port))
+    network = _network(folder) if arguments.nodes > 1 and machines.available() else None
     try:
-        # The agent is the last to come, and jobs are refused until it is there.
-        while (
-            not stop
-            and head.poll() is None
-            and not all(map(_answers, (arguments.port, arguments.dashboard_port, agent)))
-        ):
-            time.sleep(0.3)
-        if not stop and head.poll() is None:
-            _write_state(arguments)
-        while not stop and head.poll() is None:
-            time.sleep(0.3)
-            # Orphans that were given to us would stay zombies; our own two children are polled above.
-            for child in psutil.Process().children():
-                if child.pid not in (head.pid, page.pid) and child.status() == psutil.STATUS_ZOMBIE:
-                    os.waitpid(child.pid, os.WNOHANG)
+        _run(arguments, folder, network, stop)
     finally:
         end_descendants()
+        if network:
+            network.close()
         STATE.unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _head_command(arguments: argparse.Namespace, folder: Path, agent: int) -> list[str]:
+def _run(
+    arguments: argparse.Namespace, folder: Path, network: machines.Network | None, stop: list[int]
+) -> None:
+    """Until there is something in `stop`, or the head dies."""
+    agent, host = ingress.free_port(), network.address if network else HOST
+    head = subprocess.Popen(
+        _head_command(arguments, folder, agent, host), env={**os.environ, **ingress.ports()}
+    )
+    subprocess.Popen(page_command(arguments.ui_port))
+    awaited = {(host, arguments.port), (HOST, arguments.dashboard_port), (HOST, agent)}
+    # The agent is the last to come, and jobs are refused until it is there.
+    while not stop and head.poll() is None and not all(_answers(port, at) for at, port in awaited):
+        time.sleep(0.3)
+    if not stop and head.poll() is None:
+        nodes = [_start_node(arguments, folder, network, number) for number in range(1, arguments.nodes)]
+        while not stop and head.poll() is None and _alive(arguments.dashboard_port) < arguments.nodes:
+            if any(not machine.is_on for machine in network.machines.values()) if network else False:
+                raise ResourceError(f"a node did not start; {folder}/machines/*/ray.log says why")
+            time.sleep(0.3)
+        _write_state(arguments, host, [host, *nodes])
+    own = {child.pid for child in psutil.Process().children()}
+    while not stop and head.poll() is None:
+        time.sleep(0.3)
+        # Orphans that were given to us would stay zombies; those that we started are polled by who did.
+        for child in psutil.Process().children():
+            if child.pid not in own and child.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(child.pid, os.WNOHANG)
+
+
+@functools.cache
+def _token() -> str:
+    asked = subprocess.run([_script("ray"), "get-auth-token"], capture_output=True, text=True, check=True)
+    return asked.stdout.strip()
+
+
+def _alive(dashboard_port: int) -> int:
+    """How many nodes the cluster has; 0 when it does not say so now."""
+    url = f"http://{HOST}:{dashboard_port}/nodes?view=summary"
+    headers = {"Authorization": f"Bearer {_token()}"}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            nodes = json.load(answer)["data"]["summary"]
+    except (OSError, ValueError, KeyError):
+        return 0
+    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+
+def _network(folder: Path) -> machines.Network:
+    """For this checkout's nodes, on which the code and what it keeps are the same."""
+    kept = [Path(sys.prefix), storage.PROJECT]
+    fs, inside = storage.filesystem(storage.root())
+    if storage.is_local(fs):
+        kept.append(Path(inside))
+    if tracking.database_url().startswith("sqlite:///"):
+        kept.append(Path(tracking.database_url().removeprefix("sqlite:///")).parent)
+    for path in kept:
+        path.mkdir(parents=True, exist_ok=True)
+    return machines.Network(_network_name(), folder / "machines", kept)
+
+
+def _network_name() -> str:
+    return f"w{temporary_folder().name[-7:]}"
+
+
+def _start_node(
+    arguments: argparse.Namespace, folder: Path, network: machines.Network | None, number: int
+) -> str:
+    """Its address."""
+    address = f"{network.address if network else HOST}:{arguments.port}"
+    if network is None:
+        words = ["--port", str(arguments.port), "--cpus", str(arguments.cpus)]
+        subprocess.Popen([sys.executable, "-m", "cluster.local", "join", *words])
+        return HOST
+    machine = network.machine(f"node-{number}")
+    with (machine.folder / "ray.log").open("wb") as log:
+        machine.start(_node_command(address, machine.address, arguments.cpus, folder), os.environ, log)
+    return machine.address
+
+
+def join(arguments: argparse.Namespace) -> None:
+    """One more node of this machine's cluster at the head's own address, until a signal ends it. Not by `ray start`, which
+    takes the loopback interface's address for another, but as `ray.cluster_utils` does."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    parameters = RayParams(
+        gcs_address=f"{HOST}:{arguments.port}",
+        node_ip_address=HOST,
+        num_cpus=arguments.cpus,
+        node_manager_port=0,
+        min_worker_port=0,
+        max_worker_port=0,
+        include_log_monitor=False,  # the head's reads the logs of this machine
+    )
+    Node(parameters, head=False, shutdown_at_exit=True)
+    signal.pause()
+
+
+def _head_command(arguments: argparse.Namespace, folder: Path, agent: int, host: str) -> list[str]:
     return [
         _script("ray"), "start", "--head", "--block", "--disable-usage-stats",
-        f"--node-ip-address={HOST}", f"--port={arguments.port}", f"--num-cpus={arguments.cpus}",
+        f"--node-ip-address={host}", f"--port={arguments.port}", f"--num-cpus={arguments.cpus}",
         "--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={arguments.dashboard_port}",
         # Its default is one fixed port, which a second Ray on this machine would hold.
         f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
         f"--metrics-export-port={arguments.metrics_port}",
+    ]  # fmt: skip
+
+
+def _node_command(head: str, address: str, cpus: int, folder: Path) -> list[str]:
+    return [
+        _script("ray"), "start", "--block", "--disable-usage-stats", f"--address={head}",
+        f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--temp-dir={folder}",
+        f"--dashboard-agent-listen-port={ingress.free_port()}",
     ]  # fmt: skip
 
 
@@ -173,12 +274,13 @@ def page_command(port: int) -> list[str]:
     ]  # fmt: skip
 
 
-def _write_state(arguments: argparse.Namespace) -> None:
+def _write_state(arguments: argparse.Namespace, host: str, nodes: list[str]) -> None:
     keys = ("WHORL_STORAGE", "WHORL_DATABASE", "RAY_AUTH_MODE", "RAY_SERVE_ENABLE_HA_PROXY")
     state = {
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
-        "address": f"{HOST}:{arguments.port}",
+        "address": f"{host}:{arguments.port}",
+        "nodes": nodes,
         "cpus": arguments.cpus,
         "dashboard": f"http://{HOST}:{arguments.dashboard_port}",
         "ui": f"http://{HOST}:{arguments.ui_port}",
@@ -222,6 +324,8 @@ def end_leftovers() -> int:
         _, alive = psutil.wait_procs(found, timeout=STOP_SECONDS)
         if alive:
             raise ResourceError(f"processes {[p.pid for p in alive]} of the last cluster do not end")
+        if len(state.get("nodes", ())) > 1 and machines.available():
+            machines.remove(_network_name())
         STATE.unlink(missing_ok=True)
         shutil.rmtree(temporary_folder(), ignore_errors=True)
         return len(found)
@@ -271,7 +375,9 @@ def down() -> None:
 
 
 def show(found: dict[str, Any]) -> None:
-    print(f"  Ray          {found['address']}, {found['cpus']} logical CPUs")
+    nodes = found["nodes"]
+    several = f" on each of {len(nodes)} nodes ({', '.join(nodes)})" if len(nodes) > 1 else ""
+    print(f"  Ray          {found['address']}, {found['cpus']} logical CPUs{several}")
     print(f"  dashboard    {found['dashboard']}   (its token: ray get-auth-token)")
     print(f"  MLflow page  {found['ui']}")
     print(f"  metrics      {found['metrics']}   (for Prometheus: cluster/observability)")
@@ -317,10 +423,10 @@ def require_free(port: int, option: str) -> None:
         raise ResourceError(f"port {port} is in use; end what uses it or choose another: {option} N")
 
 
-def _answers(port: int) -> bool:
+def _answers(port: int, host: str = HOST) -> bool:
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex((HOST, port)) == 0
+        return probe.connect_ex((host, port)) == 0
 
 
 def _script(name: str) -> str:
@@ -333,10 +439,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("command", choices=["up", "down", "status", "env", "ui", "supervise"])
+    parser.add_argument("command", choices=["up", "down", "status", "env", "ui", "supervise", "join"])
     parser.add_argument(
         "--cpus", type=int, default=max(MIN_LOGICAL_CPUS, os.cpu_count() or 1), help="logical CPUs"
     )
+    parser.add_argument("--nodes", type=int, default=1, help="Ray nodes on this machine")
     parser.add_argument("--port", type=int, default=6379, help="of Ray's control store")
     parser.add_argument("--dashboard-port", type=int, default=8265, help="of the dashboard and the jobs API")
     parser.add_argument("--ui-port", type=int, default=5000, help="of the MLflow page")
@@ -345,6 +452,7 @@ def main() -> None:
     commands = {
         "up": lambda: up(arguments),
         "supervise": lambda: supervise(arguments),
+        "join": lambda: join(arguments),
         "ui": lambda: ui(arguments.ui_port),
         "down": down,
         "status": status,

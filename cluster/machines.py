@@ -7,6 +7,7 @@ iproute2 and util-linux, as root: no container engine is needed. `available` say
 
 from __future__ import annotations
 
+import fcntl
 import ipaddress
 import os
 import shlex
@@ -15,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +26,7 @@ import psutil
 
 from lib.errors import ResourceError
 
-TOOLS = ("ip", "unshare", "nsenter", "mount")
+TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 # Subnets of 10.64.0.0/10, in the order in which they are tried; networks of hosts and clouds seldom lie there.
 SUBNETS = tuple(ipaddress.IPv4Network("10.64.0.0/10").subnets(new_prefix=24))
 # Names of interfaces have at most 15 characters.
@@ -73,14 +75,29 @@ class Network:
         self.name, self.folder = name, folder
         self.shared = [path.resolve() for path in shared if path.resolve().is_relative_to("/tmp")]
         self.machines: dict[str, Machine] = {}
+        self._names: dict[str, str] = {}
         remove(name)
-        self.subnet = _free_subnet()
-        self._addresses = iter(self.subnet.hosts())
-        self.address = str(next(self._addresses))
-        """Of the host."""
-        _ip("link", "add", self.bridge, "type", "bridge")
-        _ip("address", "add", f"{self.address}/{self.subnet.prefixlen}", "dev", self.bridge)
+        with Path(tempfile.gettempdir(), "whorl-networks.lock").open("w") as one_at_a_time:
+            fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+            self.subnet = _free_subnet()
+            self._addresses = iter(self.subnet.hosts())
+            self.address = str(next(self._addresses))
+            """Of the host."""
+            _ip("link", "add", self.bridge, "type", "bridge")
+            _ip("address", "add", f"{self.address}/{self.subnet.prefixlen}", "dev", self.bridge)
         _ip("link", "set", self.bridge, "up")
+        self._hosts = Path("/etc/hosts").read_text()
+        self.hosts = folder / "hosts"
+        """The machines' /etc/hosts."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.call({})
+
+    def call(self, names: Mapping[str, str]) -> None:
+        """Give addresses names, which all machines know from now on; each name has the last that it was given."""
+        self._names = self._names | dict(names)
+        lines = [f"{address} {name}" for name, address in self._names.items()]
+        # The same file, since it is mounted in machines.
+        self.hosts.write_text("\n".join([self._hosts.rstrip(), *lines, ""]))
 
     @property
     def bridge(self) -> str:
@@ -122,7 +139,11 @@ class Machine:
         _ip(*of, "route", "add", "default", "via", network.address)
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: IO[bytes] | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.Popen[bytes]:
         """Switch it on with a command, whose end switches it off."""
         if self.is_on:
@@ -132,10 +153,11 @@ class Machine:
         told = f"echo >&{telling}; exec {telling}>&-"
         script = "\n".join([*self._mounts(), told, shlex.join(command), "exit $?"])
         space = ["ip", "netns", "exec", self.namespace]
-        own = ["unshare", "--mount", "--pid", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
+        own = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child=SIGKILL", "--mount-proc"]
         self.process = subprocess.Popen(
             [*space, *own, "bash", "-c", script],
-            env={**environment, "HOSTNAME": self.name},
+            env=environment,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -149,13 +171,14 @@ class Machine:
 
     def _mounts(self) -> list[str]:
         size = f",size={self._shm_bytes}" if self._shm_bytes else ""
-        lines = ["set -e", f"mount -t tmpfs -o mode=1777{size} tmpfs /dev/shm"]
+        lines = ["set -e", f"hostname {self.name}", f"mount -t tmpfs -o mode=1777{size} tmpfs /dev/shm"]
         for path in self._network.shared:
             place = self.folder / path.relative_to("/tmp")
             lines += [
                 f"mkdir -p {shlex.quote(str(place))}",
                 shlex.join(["mount", "--bind", str(path), str(place)]),
             ]
+        lines.append(shlex.join(["mount", "--bind", str(self._network.hosts), "/etc/hosts"]))
         return [*lines, shlex.join(["mount", "--rbind", str(self.folder), "/tmp"]), "set +e"]
 
     @property

