@@ -160,11 +160,6 @@ class Rehearsal:
         """Over two workers, of which one is lost after the first checkpoint."""
         job = Job(self.stage, command)
 
-        def saved() -> bool:
-            if job.has_ended():
-                sys.exit(f"the training ended before it could be disturbed:\n{job.words[-4000:]}")
-            return any((self.stage.folder / "storage/runs").glob("*/*/checkpoint_*"))
-
         known = self.checkpoints()
         self.stage.wait(lambda: self.checkpoints() - known or saved_nothing(job), "a checkpoint", 900)
         worker = self.stage.workers[0]

@@ -8,6 +8,7 @@ image is this checkout's.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
@@ -123,6 +124,8 @@ class Stage:
             "PATH": f"{scripts}:/usr/local/bin:/usr/bin:/bin",
             "HOME": "/tmp",
             "LANG": "C.UTF-8",
+            # Names are in /etc/hosts here, and gRPC's own resolver would ask a server for them.
+            "GRPC_DNS_RESOLVER": "native",
         }
 
     @property
@@ -153,24 +156,19 @@ class Stage:
         return False
 
     def alive(self) -> int:
-        import json
-
+        """Nodes of the cluster; 0 when the head does not say so now."""
         with suppress(OSError, ValueError):
             nodes = json.loads(self.ask("/nodes?view=summary"))["data"]["summary"]
             return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
         return 0
 
     def deploy(self) -> None:
-        """As the operator does: all of `serveConfigV2`, but for applications that no champion is there for."""
-        import json
-
+        """As the operator does."""
         config = yaml.safe_load(self.service_spec["serveConfigV2"])
         self.ask("/api/serve/applications/", json.dumps(config).encode(), "PUT")
 
     def applications(self) -> dict[str, str]:
         """Name → state."""
-        import json
-
         with suppress(OSError, ValueError):
             found = json.loads(self.ask("/api/serve/applications/"))["applications"]
             return {name: one["status"] for name, one in found.items()}
