@@ -43,8 +43,6 @@ ZERO = (
     "--training.checkpoint_every 10 --training.max_failures 3 --training.ignore_plan true"
 )
 QUIET_S, AWAY_S, AFTER_S = 20.0, 20.0, 10.0
-# Between the end of a pod's process and its successor: the kubelet looks each second, the operator is told.
-NOTICED_S = 2.0
 
 
 def built(overlay: str) -> list[dict[str, Any]]:
@@ -112,22 +110,21 @@ class Rehearsal:
         self.tell("undisturbed", traffic, begin)
 
     def lose_worker(self, traffic: Traffic) -> None:
-        begin, worker = time.monotonic(), self.stage.workers[0]
-        worker.machine.kill()
-        worker.is_ready = False
-        time.sleep(NOTICED_S)
-        self.stage.replace_worker(worker)
-        recovered = self.stage.wait(self.is_serving, "the other worker", 600) + NOTICED_S
+        begin = time.monotonic()
+        self.stage.kill(self.stage.workers[0])
+        recovered = self.stage.wait(self.is_serving, "the other worker", 600)
         time.sleep(AFTER_S)
         self.tell("a worker's pod is killed", traffic, begin, recovered)
 
     def lose_head(self, traffic: Traffic) -> None:
-        begin, nodes = time.monotonic(), 1 + len(self.stage.workers)
-        self.stage.lose_head()
+        begin, nodes, head = time.monotonic(), 1 + len(self.stage.workers), self.stage.head
+        assert head is not None
+        self.stage.is_held.set()
+        self.stage.kill(head)
         time.sleep(AWAY_S)
         self.tell("while there is no head", traffic, begin)
         again = time.monotonic()
-        self.stage.replace_head()
+        self.stage.is_held.clear()
         recovered = self.stage.wait(
             lambda: self.stage.alive() >= nodes and self.is_serving(), "the head", 600
         )
@@ -162,11 +159,7 @@ class Rehearsal:
 
         known = self.checkpoints()
         self.stage.wait(lambda: self.checkpoints() - known or saved_nothing(job), "a checkpoint", 900)
-        worker = self.stage.workers[0]
-        worker.machine.kill()
-        worker.is_ready = False
-        time.sleep(NOTICED_S)
-        self.stage.replace_worker(worker)
+        self.stage.kill(self.stage.workers[0])
         took = self.stage.wait(job.has_ended, "the training", 1800)
         if not job.succeeded:
             sys.exit(f"the training did not survive:\n{job.words[-4000:]}")

@@ -30,6 +30,8 @@ from tests.servers import Postgres, RedisServer
 IMAGE = "/opt/whorl"
 CLUSTER = "whorl-service"
 STARTS_S = 240.0
+# How often the operator and the kubelet look.
+NOTICED_S = 1.0
 
 
 @dataclass
@@ -39,8 +41,8 @@ class Running:
     pod: Pod
     machine: Machine
     failures: int = 0
+    """Of its readiness probe, one after the other."""
     is_ready: bool = False
-    ready_since: float = 0.0
 
 
 @dataclass
@@ -79,18 +81,24 @@ class Stage:
         self._made = 0
         self.network.call({"whorl-redis": self.network.address, "whorl-database": self.network.address})
         self._probing = threading.Thread(target=self._probe, daemon=True)
+        self._reconciling = threading.Thread(target=self._reconcile, daemon=True)
+        self.is_held = threading.Event()
+        """While it is set, nobody puts a pod in the place of a lost one."""
 
     def start(self) -> None:
         """Raises TimeoutError when it does not come up."""
         head, *workers = self.operator.pods(CLUSTER, self.spec, "RayService")
         self.head = self.run(head)
+        for thread in (self._reconciling, self._probing):
+            thread.start()
+        # The operator's init container has workers wait for it.
         self.wait(self.head_answers, "the head")
         self.workers = [self.run(pod) for pod in workers]
-        self._probing.start()
         self.wait(lambda: self.alive() == 1 + len(workers), "the workers")
 
     def close(self) -> None:
         self._closing.set()
+        self._reconciling.join()
         self.network.close()
         self.redis.stop()
         self.postgres.remove()
@@ -195,29 +203,23 @@ class Stage:
                     worker.failures += 1
                     worker.is_ready &= worker.failures < probe.get("failureThreshold", 3)
                 else:
-                    worker.failures = 0
-                    if not worker.is_ready:
-                        worker.is_ready, worker.ready_since = True, time.monotonic()
+                    worker.failures, worker.is_ready = 0, True
             self._closing.wait(self.workers[0].pod.readiness.get("periodSeconds", 10) if self.workers else 1)
 
-    def lose_worker(self, worker: Running) -> None:
-        """Its machine is gone. The node controller marks its pod not ready after a while; until then the probe decides."""
-        worker.machine.kill()
+    def _reconcile(self) -> None:
+        """What kubelet and operator do: a pod whose process has ended is not ready, and another takes its place."""
+        while not self._closing.wait(NOTICED_S):
+            for running in [self.head, *self.workers]:
+                if running is None or running.machine.is_on or self.is_held.is_set():
+                    continue
+                running.machine.remove()
+                other = self.run(running.pod)
+                if running is self.head:
+                    self.head = other
+                else:
+                    self.workers[self.workers.index(running)] = other
 
-    def replace_worker(self, worker: Running) -> Running:
-        """The operator sees that the pod is gone, and makes another."""
-        self.workers.remove(worker)
-        worker.machine.remove()
-        other = self.run(worker.pod)
-        self.workers.append(other)
-        return other
-
-    def lose_head(self) -> None:
-        assert self.head is not None
-        self.head.machine.kill()
-
-    def replace_head(self) -> None:
-        assert self.head is not None
-        pod = self.head.pod
-        self.head.machine.remove()
-        self.head = self.run(pod)
+    def kill(self, running: Running) -> None:
+        """All of its processes at once."""
+        running.machine.kill()
+        running.is_ready = False
