@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -212,6 +213,8 @@ def main() -> None:
     given = parser.parse_args()
     if not machines.available():
         sys.exit("error: making machines needs root (network namespaces)")
+    # So that what was started ends with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     folder = given.keep or Path(tempfile.mkdtemp(prefix="whorl-rehearsal-"))
     try:
         report = rehearse(given, folder)
