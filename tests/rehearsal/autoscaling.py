@@ -1,0 +1,91 @@
+"""Ray's autoscaler with the worker groups of a manifest, on nodes that its fake provider starts as processes here.
+
+    python -m tests.rehearsal.autoscaling GROUPS.json RESULT.json
+
+GROUPS: {"max_workers": N, "idle_minutes": M, "groups": {name: {resources, min_workers, max_workers}}, "ask": {CPU, GPU}}. A task
+that asks for that much is handed in while there is no such node; RESULT has how many nodes of each group there were
+before, while it ran and after it was idle. To be run on a machine of its own (cluster/machines.py): Ray's provider ends every
+Ray that it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import AutoscalingCluster
+
+HEAD = {"CPU": 0, "object_store_memory": 100 * 2**20}
+PATIENCE_S = 240.0
+
+
+def nodes(groups: dict[str, Any]) -> dict[str, int]:
+    """Living workers of each group; each is told by a resource of its group's name."""
+    living = Counter(
+        name
+        for node in ray.nodes()
+        if node["Alive"]
+        for name in groups
+        if f"group-{name}" in node["Resources"]
+    )
+    return {name: living[name] for name in groups}
+
+
+def wait(until: Any) -> float:
+    began = time.monotonic()
+    while not until():
+        if time.monotonic() - began > PATIENCE_S:
+            sys.exit(f"nothing happened within {PATIENCE_S:.0f} s")
+        time.sleep(0.5)
+    return time.monotonic() - began
+
+
+def main() -> None:
+    given = json.loads(Path(sys.argv[1]).read_text())
+    groups = given["groups"]
+    types = {
+        name: {
+            "resources": {**one["resources"], f"group-{name}": 1},
+            "node_config": {},
+            "min_workers": one["min_workers"],
+            "max_workers": one["max_workers"],
+        }
+        for name, one in groups.items()
+    }
+    cluster = AutoscalingCluster(
+        dict(HEAD),
+        types,
+        autoscaler_v2=True,
+        max_workers=given["max_workers"],
+        idle_timeout_minutes=given["idle_minutes"],
+    )
+    cluster.start()
+    ray.init("auto", logging_level="warning")
+    least = {name: one["min_workers"] for name, one in groups.items()}
+    wait(lambda: nodes(groups) == least)
+    found: dict[str, Any] = {"before": nodes(groups)}
+    asked = dict(given["ask"])
+
+    @ray.remote(num_cpus=asked.pop("CPU", 0), num_gpus=asked.pop("GPU", 0))
+    def work() -> str:
+        time.sleep(5)
+        return ray.get_runtime_context().get_node_id()
+
+    running = work.remote()
+    wait(lambda: nodes(groups) != least)
+    found["while"] = nodes(groups)
+    found["done"] = bool(ray.get(running, timeout=PATIENCE_S))
+    found["idle_s"] = wait(lambda: nodes(groups) == least)
+    found["after"] = nodes(groups)
+    Path(sys.argv[2]).write_text(json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
