@@ -18,10 +18,42 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 from ray.cluster_utils import AutoscalingCluster
 
 HEAD = {"CPU": 0, "object_store_memory": 100 * 2**20}
 PATIENCE_S = 240.0
+# What AutoscalingCluster reads from a file that Ray's package leaves out.
+BASE = {
+    "cluster_name": "fake_multinode",
+    "provider": {
+        "type": "fake_multinode",
+        "use_node_id_as_ip": True,  # the nodes share an address
+        "disable_node_updaters": True,
+        "disable_launch_config_check": True,
+        "launch_multiple": True,
+        "head_node_id": FAKE_HEAD_NODE_ID,
+    },
+    "head_node_type": "ray.head.default",
+    "upscaling_speed": 1.0,
+    **{name: {} for name in ("auth", "docker", "file_mounts")},
+    **{
+        f"{name}_commands": []
+        for name in (
+            "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"
+        )
+    },
+    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
+    "file_mounts_sync_continuously": False,
+}  # fmt: skip
+
+
+class Autoscaling(AutoscalingCluster):
+    def _generate_config(
+        self, head_resources: Any, worker_node_types: Any, autoscaler_v2: bool = False, **more: Any
+    ) -> dict[str, Any]:
+        head = {"resources": head_resources, "node_config": {}, "max_workers": 0}
+        return {**BASE, "available_node_types": {**worker_node_types, "ray.head.default": head}, **more}
 
 
 def nodes(groups: dict[str, Any]) -> dict[str, int]:
@@ -57,7 +89,7 @@ def main() -> None:
         }
         for name, one in groups.items()
     }
-    cluster = AutoscalingCluster(
+    cluster = Autoscaling(
         dict(HEAD),
         types,
         autoscaler_v2=True,
