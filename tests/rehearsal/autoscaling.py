@@ -11,6 +11,8 @@ Ray that it sees.
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,42 +20,42 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private import fake_multi_node
 from ray.cluster_utils import AutoscalingCluster
 
 HEAD = {"CPU": 0, "object_store_memory": 100 * 2**20}
 PATIENCE_S = 240.0
-# What AutoscalingCluster reads from a file that Ray's package leaves out.
-BASE = {
+# The provider's defaults, in a file that Ray's own package leaves out.
+DEFAULTS = {
     "cluster_name": "fake_multinode",
+    "max_workers": 8,
+    "idle_timeout_minutes": 1.0,
     "provider": {
         "type": "fake_multinode",
         "use_node_id_as_ip": True,  # the nodes share an address
         "disable_node_updaters": True,
         "disable_launch_config_check": True,
-        "launch_multiple": True,
-        "head_node_id": FAKE_HEAD_NODE_ID,
     },
+    "available_node_types": {"ray.head.default": {"resources": {}, "node_config": {}, "max_workers": 0}},
     "head_node_type": "ray.head.default",
     "upscaling_speed": 1.0,
+    "file_mounts_sync_continuously": False,
     **{name: {} for name in ("auth", "docker", "file_mounts")},
     **{
-        f"{name}_commands": []
-        for name in (
-            "initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray"
-        )
+        name: []
+        for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands")
     },
-    **{name: [] for name in ("cluster_synced_files", "rsync_exclude", "rsync_filter")},
-    "file_mounts_sync_continuously": False,
-}  # fmt: skip
+    **{name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")},
+    **{name: [] for name in ("head_start_ray_commands", "worker_start_ray_commands")},
+}
 
 
-class Autoscaling(AutoscalingCluster):
-    def _generate_config(
-        self, head_resources: Any, worker_node_types: Any, autoscaler_v2: bool = False, **more: Any
-    ) -> dict[str, Any]:
-        head = {"resources": head_resources, "node_config": {}, "max_workers": 0}
-        return {**BASE, "available_node_types": {**worker_node_types, "ray.head.default": head}, **more}
+def put_defaults() -> None:
+    """Where the provider looks for them, on this machine alone."""
+    folder = Path(fake_multi_node.__file__).parent
+    own = Path(shutil.copytree(folder, "/tmp/fake_multi_node"))
+    (own / "example.yaml").write_text(json.dumps(DEFAULTS))
+    subprocess.run(["mount", "--bind", str(own), str(folder)], check=True)
 
 
 def nodes(groups: dict[str, Any]) -> dict[str, int]:
@@ -89,7 +91,8 @@ def main() -> None:
         }
         for name, one in groups.items()
     }
-    cluster = Autoscaling(
+    put_defaults()
+    cluster = AutoscalingCluster(
         dict(HEAD),
         types,
         autoscaler_v2=True,
