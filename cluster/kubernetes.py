@@ -22,6 +22,7 @@ from cluster import local
 from lib import storage
 from lib.command import ALONE
 from lib.errors import ConfigError, WhorlError
+from lib.manifests import dump
 
 FOLDER = storage.PROJECT / "k8s"
 # Where the image has the code and its packages (cluster/Dockerfile).
@@ -116,26 +117,6 @@ def files() -> dict[str, str]:
         # On a laptop one application, which `make demo` trains first, is enough to see that all works.
         "overlays/kind/serve.yaml": service(serve_config(only=("reviews",))),
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
-        super().increase_indent(flow, False)  # type: ignore[no-untyped-call]
-
-
-# A text of several lines is shown as such.
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    ),
-)
-
-
-def dump(value: Any) -> str:
-    """As YAML, in the order given."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    return text
 
 
 def write(check: bool) -> list[str]:
