@@ -140,8 +140,9 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="write nothing, and tell what would be")
     arguments = parser.parse_args()
-    # A binary of another place than the image's is this machine's alone.
-    os.environ.pop("WHORL_HAPROXY", None)
+    # A binary of another place than the package's is this machine's alone.
+    for name in ("WHORL_HAPROXY", "RAY_SERVE_HAPROXY_BINARY_PATH"):
+        os.environ.pop(name, None)
     try:
         changed = write(arguments.check)
         if arguments.check and changed:
