@@ -80,7 +80,7 @@ def test_what_was_curated_is_what_the_pipeline_reads(
     assert read.data.source.startswith(curated("shop"))
     assert files.exists(read.data.source)
     assert read.data.labels == ["very negative", "positive"]
-    assert (read.data.columns["text"], read.data.slices) == ("text", {})
+    assert (read.data.columns.text, read.data.slices) == ("text", {})
 
 
 def test_a_job_that_fails_ends_the_round(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
