@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from decimal import Decimal
 
 from tests.k8s.building import Document, build, clusters, pods
@@ -49,22 +50,19 @@ def _add(total: Counter[str], resources: dict[str, str], times: int) -> None:
         total[name] += Decimal(times) * quantity(value)  # type: ignore[assignment]
 
 
-def row(overlay: str) -> str:
-    always = requested(build(overlay))
-    job = requested([d for d in build(f"{overlay}/jobs") if d["metadata"]["name"] == "finetune"])
-    cells = [
-        f"{float(one['cpu']):.1f} CPU, {float(one['memory']) / GIB:.0f} GiB"
-        + (f", {int(one['nvidia.com/gpu'])} GPU" if one["nvidia.com/gpu"] else "")
-        for one in (always, job)
-    ]
-    return f"| `{overlay}` | {' | '.join(cells)} |"
-
-
-def main(folders: list[str]) -> None:
-    print("| | always | a `finetune` job besides |\n| --- | --- | --- |")
+def table(folders: list[str], built: Callable[[str], list[Document]] = build) -> str:
+    rows = ["| | always | a `finetune` job besides |", "| --- | --- | --- |"]
     for overlay in folders:
-        print(row(overlay))
+        always = requested(built(overlay))
+        job = requested([d for d in built(f"{overlay}/jobs") if d["metadata"]["name"] == "finetune"])
+        rows.append(f"| `{overlay}` | {_told(always)} | {_told(job)} |")
+    return "\n".join(rows)
+
+
+def _told(total: Counter[str]) -> str:
+    gpus = f", {int(total['nvidia.com/gpu'])} GPU" if total["nvidia.com/gpu"] else ""
+    return f"{float(total['cpu']):.1f} CPU, {float(total['memory']) / GIB:.0f} GiB{gpus}"
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    print(table(sys.argv[1:]))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,16 +22,31 @@ from lib.settings import Settings, load_settings
 from tests.k8s import policies, schemas
 from tests.k8s.building import Document
 
-REVIEWS, CHAT = "jobs/configs/reviews.yaml", "jobs/configs/support_chat.yaml"
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model as far as the planner reads it: config.json and the header of its weights."""
+    folder = tmp_path_factory.mktemp("base")
+    shape = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 64}
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 100, **shape}))
+    shapes = {
+        "bert.embeddings.word_embeddings.weight": [100, 32],
+        "bert.encoder.layer.0.output.dense.weight": [32, 64],
+    }
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": s, "data_offsets": [0, 0]} for name, s in shapes.items()}
+    )
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode())
+    return folder
 
 
 @pytest.fixture
-def config(tmp_path: Path, tiny_base: Path, storage: Path) -> Path:
+def config(tmp_path: Path, base: Path, storage: Path) -> Path:
     values = {
         "name": "my_tickets",
         "task": "sentiment",
         "data": {"source": str(tmp_path / "source.csv"), "labels": {1: "good", 2: "bad"}},
-        "model": {"base": str(tiny_base), "max_length": 32},
+        "model": {"base": str(base), "max_length": 32},
         "training": {"cpus_per_worker": 2},
     }
     path = tmp_path / "mine.yaml"
