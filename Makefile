@@ -8,10 +8,10 @@ CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/mov
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop status ui test test-long test-fast check format lock clean
+.PHONY: help setup demo stop status ui test test-long test-fast check format k8s lock clean
 
 help:  ## list the targets
-	@grep -hE '^[a-zA-Z_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+	@grep -hE '^[a-zA-Z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
 setup: $(VENV)/ready  ## make .venv from requirements.lock
 
@@ -54,6 +54,9 @@ check: setup  ## ruff, mypy, import floors
 format: setup  ## put the code into its one form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+k8s: setup  ## write what k8s/ has from other files: environment, applications, alert rules
+	$(BIN)/python -m cluster.kubernetes
 
 bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
 	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))

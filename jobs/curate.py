@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import time
 from collections import Counter
 
 from lib import events, storage
+from lib.artifacts import curated
 from lib.command import main
 from lib.errors import ConfigError, DataError
 from lib.settings import Settings
@@ -39,7 +41,7 @@ def curate(settings: Settings) -> None:
                 f"nobody did anything that {application} was told; it comes by POST /v1/interactions"
             )
         path = write(lines, settings)
-        print(f"next         python -m jobs.preprocess --config … --data.format jsonl --data.source {path}")
+        tell(["--data.format", "jsonl", "--data.source", path], settings)
         return
     counts: Counter[str] = Counter()
     rows: dict[str, None] = {}  # in the order of their events, each once
@@ -63,19 +65,27 @@ def curate(settings: Settings) -> None:
             "preferred or rating"
         )
     path = write(list(rows), settings)
-    words = [f"--data.source {path}", *(f"--data.columns.{column} {column}" for column in columns)]
+    words = ["--data.source", path]
+    for column in columns:
+        words += [f"--data.columns.{column}", column]
     if settings.data.label_names:
-        words.append(f"--data.labels '[{', '.join(settings.data.label_names)}]'")
+        words += ["--data.labels", f"[{', '.join(settings.data.label_names)}]"]
     if settings.data.slices:
-        words.append("--data.slices {}")
-    print(f"next         python -m jobs.preprocess --config … {' '.join(words)}")
+        words += ["--data.slices", "{}"]
+    tell(words, settings)
+
+
+def tell(words: list[str], settings: Settings) -> None:
+    """Say how the file is read, and write it down for jobs.retrain."""
+    storage.write_json(curated(settings.name, "latest.json"), {"words": words})
+    print(f"next         python -m jobs.preprocess --config … {shlex.join(words)}")
 
 
 def write(lines: list[str], settings: Settings) -> str:
     """Rows as a file, named by what is in it; where it lies."""
     content = "".join(f"{line}\n" for line in lines).encode()
     name = f"{hashlib.sha256(content).hexdigest()[:16]}.jsonl"
-    path = storage.join(storage.root(), "curated", settings.name, name)
+    path = curated(settings.name, name)
     storage.write_bytes(path, content)
     print(f"written to   {path}   ({len(lines):,} rows)")
     return path

@@ -5,6 +5,9 @@
 Each stage is a command of its own that reads what the one before left in storage and in the database;
 the first that fails ends the pipeline with its exit code. `WHORL_PIPELINE` marks the runs of one
 pipeline, so that two side by side do not take each other's.
+
+With `WHORL_SERVICE`, the address of another cluster's jobs API, the last stage is a job of that cluster: on Kubernetes the
+one that trains ends with its job, and another one answers.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,14 +49,32 @@ def pipeline(settings: Settings) -> None:
         print(f"\n━━ {number}/{len(stages)} {name}: {what} ━━", flush=True)
         started = time.monotonic()
         # The words as they were given: each stage reads the same file and the same overrides.
-        code = subprocess.run([sys.executable, "-m", module, *sys.argv[1:]], env=environment).returncode
+        code = subprocess.run(stage(name, module), env=environment).returncode
         if code:
             print(f"pipeline stopped: {name} ended with exit code {code}", file=sys.stderr)
             sys.exit(code)
         print(f"   {name} took {time.monotonic() - started:.0f} s", flush=True)
-    print("\n━━ answers ━━")
-    ask(settings)
+    if service():
+        print(f"\nthe service of {service()} answers with what is champion now")
+    else:
+        print("\n━━ answers ━━")
+        ask(settings)
     print(f"\nthe whole pipeline took {time.monotonic() - began:.0f} s")
+
+
+def service() -> str | None:
+    """The jobs API of the cluster that answers, where that is not this one."""
+    return os.environ.get("WHORL_SERVICE")
+
+
+def stage(name: str, module: str) -> list[str]:
+    """The command of a stage."""
+    elsewhere = service()
+    if name != "serve" or not elsewhere:
+        return [sys.executable, "-m", module, *sys.argv[1:]]
+    ray = str(Path(sys.executable).with_name("ray"))
+    words = ["python", "-m", module, *sys.argv[1:], "--serving.host", "0.0.0.0"]
+    return [ray, "job", "submit", "--address", elsewhere, "--", *words]
 
 
 def ask(settings: Settings) -> None:

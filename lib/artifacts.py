@@ -8,6 +8,7 @@
     vectors/NAME/FINGERPRINT/                 what an encoder makes of a catalogue's texts (lib.recommender.vectors)
     indexes/NAME/FINGERPRINT/    IndexRef     a knowledge base: manifest.json and a Lance table; never changes
     indexes/NAME/current.json                 which version of it is read
+    curated/NAME/                             what users said, as a source; latest.json has how the last one is read
 
 A model directory holds config.json, model.safetensors, the tokenizer's files and task.json; a registered one also
 adapter/, where the run has left one.
@@ -28,6 +29,11 @@ TASK_FILE = "task.json"
 ADAPTER_FOLDER = "adapter"
 # What unpickles on loading. A base model may hold one beside its safetensors, a model version may not.
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpack", ".h5")
+
+
+def curated(name: str, *parts: str) -> str:
+    """Where what users said of an application lies, as a source to train on."""
+    return storage.join(storage.root(), "curated", name, *parts)
 
 
 @dataclass(frozen=True)

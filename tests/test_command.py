@@ -36,6 +36,7 @@ def command(*words: str) -> subprocess.CompletedProcess[str]:
         "jobs.score",
         "jobs.index",
         "jobs.pipeline",
+        "jobs.retrain",
         "serve.deploy",
     ],
 )

@@ -7,5 +7,6 @@ hardware.py       accelerators, and this machine
 timing.py         step time by a roofline, the run's time and cost, checkpoints
 layouts.py        every layout of a configuration, which fit, which is cheapest
 tables.py         the report as text
+manifests.py      the recommended layout as Kubernetes has it: a RayJob, and a RayService for the model
 check.py          refuses what this machine cannot hold
 """

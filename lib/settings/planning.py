@@ -47,3 +47,5 @@ class PlanSettings(Section):
     """Recommend only what ends by then."""
     measure: bool = False
     """Measure this machine's matrix products and memory for some seconds, so that its times can be told."""
+    emit: Literal["tables", "k8s"] = "tables"
+    """What is printed: the tables, or a RayJob and a RayService in the layout that is recommended for one accelerator."""
