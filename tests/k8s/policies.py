@@ -15,6 +15,8 @@ import yaml
 
 from tests.k8s.building import Document, Pods, clusters, containers, named, pods, ray_jobs
 
+# Of a pod's memory, by Ray's own default (DEFAULT_OBJECT_STORE_MEMORY_PROPORTION).
+OBJECT_STORE = Decimal("0.3")
 LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/part-of", "app.kubernetes.io/component")
 # Those that somebody else makes: Kubernetes in each namespace, cert-manager.
 MADE_BY_OTHERS = {("ConfigMap", "kube-root-ca.crt"), ("Secret", "whorl-tls")}
@@ -220,6 +222,14 @@ def workers_have_shared_memory(document: Document) -> Found:
             media = {v["name"]: v.get("emptyDir", {}).get("medium") for v in pod.spec.get("volumes", ())}
             if media.get(mounts.get("/dev/shm", "")) != "Memory":
                 yield f"{pod.where}: /dev/shm is no emptyDir in memory"
+                continue
+            sizes = {
+                v["name"]: v["emptyDir"].get("sizeLimit") for v in pod.spec["volumes"] if "emptyDir" in v
+            }
+            size = sizes[mounts["/dev/shm"]]
+            memory = pod.spec["containers"][0].get("resources", {}).get("limits", {}).get("memory")
+            if size and memory and quantity(size) < OBJECT_STORE * quantity(memory):
+                yield f"{pod.where}: of {memory} Ray's object store takes more than the {size} of /dev/shm, and goes to the disk"
 
 
 def ray_asks_for_a_token(document: Document) -> Found:

@@ -36,7 +36,7 @@ def template(**more: Any) -> Document:
         "livenessProbe": PROBE,
         "volumeMounts": [{"name": "shared", "mountPath": "/dev/shm"}],
     }
-    volumes = [{"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}]
+    volumes = [{"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}]
     spec = {"automountServiceAccountToken": False, "containers": [container], "volumes": volumes, **more}
     return copy.deepcopy({"metadata": {"labels": LABELS}, "spec": spec})
 
@@ -140,7 +140,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], Document], list[Step]]] = [
     (policies.root_is_read_only, job, [put(f"{CONTAINER}/securityContext/readOnlyRootFilesystem", False)]),
     (policies.no_token_of_the_api, job, [without(f"{SPEC}/automountServiceAccountToken")]),
     (policies.no_token_of_the_api, job, [
-        put(f"{SPEC}/volumes", [TOKEN, {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}]),
+        put(f"{SPEC}/volumes", [TOKEN, {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}]),
         put(f"{CONTAINER}/volumeMounts", [{"name": "token", "mountPath": "/t"}, {"name": "shared", "mountPath": "/dev/shm"}]),
     ]),
     (policies.what_serves_is_probed, job, [without(f"{CONTAINER}/livenessProbe")]),
@@ -158,6 +158,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], Document], list[Step]]] = [
         {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}, {"name": "idle", "emptyDir": {"sizeLimit": "1Gi"}}
     ])]),
     (policies.workers_have_shared_memory, job, [without(f"{SPEC}/volumes/0/emptyDir/medium")]),
+    (policies.workers_have_shared_memory, job, [put(f"{SPEC}/volumes/0/emptyDir/sizeLimit", "100Mi")]),
     (policies.ray_asks_for_a_token, job, [without("/spec/rayClusterSpec/authOptions")]),
     (policies.ray_asks_for_a_token, job, [put("/spec/rayClusterSpec/authOptions/mode", "disabled")]),
     (policies.ray_asks_for_a_token, job, [without("/spec/rayClusterSpec/rayVersion")]),

@@ -29,6 +29,7 @@ class Pod:
     command: str
     """For bash."""
     environment: dict[str, str]
+    memory_bytes: int
     shm_bytes: int | None
     readiness: Manifest
     """The probe."""
@@ -104,13 +105,9 @@ class Operator:
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _decoded(secret, "auth_token")}
         start = f"ray start {'--head ' if is_head else ''}{_words(options)}"
         environment["KUBERAY_GEN_RAY_START_CMD"] = start
-        return Pod(
-            group,
-            f"ulimit -n 65536; {start}",
-            environment,
-            _shm(template["spec"], container),
-            container["readinessProbe"],
-        )
+        memory = int(quantity(limits["memory"]))
+        shm, ready = _shm(template["spec"], container), container["readinessProbe"]
+        return Pod(group, f"ulimit -n 65536; {start}", environment, memory, shm, ready)
 
     def environment(self, container: Manifest) -> dict[str, str]:
         """`envFrom` and `env` of a container, from the manifests' ConfigMaps and Secrets."""

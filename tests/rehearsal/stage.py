@@ -30,6 +30,7 @@ from tests.servers import Postgres, RedisServer
 IMAGE = "/opt/whorl"
 CLUSTER = "whorl-service"
 STARTS_S = 240.0
+OBJECT_STORE = 0.3
 # How often the operator and the kubelet look.
 NOTICED_S = 1.0
 
@@ -109,9 +110,11 @@ class Stage:
         machine = self.network.machine(f"{pod.group}-{self._made}", pod.shm_bytes)
         if pod.is_head:
             self.network.call(dict.fromkeys((head_service(CLUSTER), f"{CLUSTER}-head-svc"), machine.address))
+        # In a pod Ray sees the pod's memory, of which it takes so much for its object store.
+        store = f" --object-store-memory={int(OBJECT_STORE * pod.memory_bytes)}"
         with (machine.folder / "ray.log").open("wb") as log:
             # The driver of a job that is handed in runs where the image's working folder is.
-            machine.start(["bash", "-c", pod.command], self.environment(pod), log, storage.PROJECT)
+            machine.start(["bash", "-c", pod.command + store], self.environment(pod), log, storage.PROJECT)
         return Running(pod, machine)
 
     def environment(self, pod: Pod) -> dict[str, str]:
