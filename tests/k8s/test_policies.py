@@ -125,7 +125,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], Document], list[Step]]] = [
     (policies.nothing_is_privileged, job, [put(f"{CONTAINER}/ports/0/hostPort", 8000)]),
     (policies.nothing_is_privileged, job, [put(f"{SPEC}/hostNetwork", True)]),
     (policies.nothing_is_privileged, job, [
-        put(f"{SPEC}/volumes", [{"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}, {"name": "host", "hostPath": {"path": "/"}}]),
+        put(f"{SPEC}/volumes", [{"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}, {"name": "host", "hostPath": {"path": "/"}}]),
         put(f"{CONTAINER}/volumeMounts", [{"name": "host", "mountPath": "/host"}, {"name": "shared", "mountPath": "/dev/shm"}]),
     ]),
     (policies.nobody_is_root, job, [without(f"{CONTAINER}/securityContext/runAsNonRoot")]),
@@ -155,7 +155,7 @@ BROKEN: list[tuple[Callable[..., Any], Callable[[], Document], list[Step]]] = [
     (policies.volumes_are_there, job, [put(f"{CONTAINER}/volumeMounts", [{"name": "shared", "mountPath": "/dev/shm"}, {"name": "x", "mountPath": "/x"}])]),
     (policies.volumes_are_there, job, [put("/spec/rayClusterSpec/autoscalerOptions/volumeMounts", [{"name": "x", "mountPath": "/x"}])]),
     (policies.volumes_are_there, job, [put(f"{SPEC}/volumes", [
-        {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}}, {"name": "idle", "emptyDir": {"sizeLimit": "1Gi"}}
+        {"name": "shared", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}, {"name": "idle", "emptyDir": {"sizeLimit": "1Gi"}}
     ])]),
     (policies.workers_have_shared_memory, job, [without(f"{SPEC}/volumes/0/emptyDir/medium")]),
     (policies.workers_have_shared_memory, job, [put(f"{SPEC}/volumes/0/emptyDir/sizeLimit", "100Mi")]),
