@@ -1,0 +1,291 @@
+"""Personal data that consists of digits: cards, accounts, national ids, phones.
+
+Numbers count only when their check digits or, for phones, the numbering plan of a country hold: order numbers, prices
+and dates stay. Check digits are python-stdnum's, numbering plans phonenumbers' (Google's libphonenumber).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import phonenumbers
+from stdnum import ean, iban, isbn, luhn
+from stdnum.cn import ric
+from stdnum.us import ssn
+
+# What people, and forms that were filled in, put between digits.
+_SIGN = r"[ ().\-/,:|*_~#\\]"
+_BEFORE = r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z_][-+])(?<![0-9][.,])"
+_RUN = re.compile(
+    rf"{_BEFORE}(?:\( ?)?(?:\+ ?)?(?:\( ?)?\d(?:{_SIGN}{{0,3}}\d){{6,}}(?:{_SIGN}{{0,3}}[Xx])?(?![0-9A-Za-z_])"
+)
+# Begins with a set of characters, for which Python looks quickly.
+_MANY = re.compile(rf"\d(?:{_SIGN}{{0,3}}\d){{6}}")
+_SOME = re.compile(rf"\d(?:{_SIGN}{{0,3}}\d){{4}}")
+_GROUP = re.compile(r"\d+(?:[Xx])?|[Xx]")
+
+# Issuers' first digits and lengths (ISO/IEC 7812).
+_ISSUED = re.compile(
+    r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720|220[0-4])\d{12}|3[47]\d{13}"
+    r"|3(?:0[0-5]|[689]\d)\d{11}(?:\d{2,5})?|35(?:2[89]|[3-8]\d)\d{12,15}|(?:5[0678]|6\d|81)\d{14,17}"
+)
+# Lengths of a card's groups as it is printed.
+_CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (6, 13), (8, 8)}
+_DATE = re.compile(
+    r"(?<!\d)(?:(?:19|20)\d\d([-/. ])\d{1,2}\1\d{1,2}|\d{1,2}([-/. ])\d{1,2}\2(?:19|20)\d\d)(?!\d)"
+)
+_DECIMAL = re.compile(r"\d{1,3}\.\d+")
+_THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:([., ])\d{3})(?:\1\d{3})+")
+_PHONE_NAMED = re.compile(
+    r"(?:\btel|phone|\bmobile|\bcell|\bfax|\bcall|\bring|\bdial|\btext me|\bsms|whatsapp|handy|telefon|mobil|rufnummer|erreichbar"
+    r"|portable|téléphone|appel|joign|móvil|movil|teléfono|telefono|llam|电话|手机|号码|致电|拨打|传真|联系|微信)[^\n\d]{0,24}$",
+    re.I,
+)
+_COUNT_NAMED = re.compile(
+    r"(?:order|invoice|tracking|ticket|case|serial|parcel|shipment|reference|\bref|sku|isbn|ean|imei|article|item|part|transaction"
+    r"|bestell\w*|rechnung\w*|sendung\w*|auftrag\w*|artikel\w*|vorgang\w*|commande|facture|colis|référence|suivi"
+    r"|pedido|factura|referencia|envío|订单\w*|单号|发票\w*|编号|运单\w*|快递\w*)[^\n\d]{0,12}$",
+    re.I,
+)
+_SSN_NAMED = re.compile(r"(?:\bssn\b|social security|\bsocial\b|社会安全)[^\n\d]{0,24}$", re.I)
+_PHONE_SIGNS = set(" ().-/")
+# A number of groups of which this many characters stand before it says what it is.
+_CONTEXT = 40
+
+
+@dataclass(frozen=True)
+class Run:
+    """Digits with signs between, as long as it goes on."""
+
+    text: str
+    """Of the whole."""
+    start: int
+    end: int
+    groups: list[tuple[int, int]]
+    """Start and end of what stands between two signs."""
+
+    def sign(self, group: int) -> str:
+        """What stands before a group, without blanks where it is more than they; empty before the first."""
+        if not 0 < group < len(self.groups):
+            return ""
+        found = self.text[self.groups[group - 1][1] : self.groups[group][0]]
+        return found.strip() or " "
+
+    def digits(self, first: int, last: int) -> str:
+        return "".join(self.text[start:end] for start, end in self.groups[first : last + 1]).upper()
+
+    def lengths(self, first: int, last: int) -> tuple[int, ...]:
+        return tuple(end - start for start, end in self.groups[first : last + 1])
+
+    def signs(self, first: int, last: int) -> set[str]:
+        return {self.sign(group) for group in range(first + 1, last + 1)}
+
+    def before(self) -> str:
+        return self.text[max(0, self.start - _CONTEXT) : self.start]
+
+
+def numbers(
+    text: str, kinds: Collection[str], regions: tuple[str, ...]
+) -> Iterator[tuple[int, int, str, str]]:
+    """Start, end, kind and the value as it is compared, of ids, cards and phones."""
+    if not _MANY.search(text):
+        return
+    for match in _RUN.finditer(text):
+        groups = [found.span() for found in _GROUP.finditer(text, match.start(), match.end())]
+        yield from _in_run(Run(text, match.start(), match.end(), groups), kinds, regions)
+
+
+def _in_run(
+    run: Run, kinds: Collection[str], regions: tuple[str, ...]
+) -> Iterator[tuple[int, int, str, str]]:
+    first, count = 0, len(run.groups)
+    while first < count:
+        for last in range(min(count, first + 19) - 1, first - 1, -1):
+            found = _kind(run, first, last, kinds, regions)
+            if found is not None:
+                start = run.start if first == 0 else _opening(run, first)
+                yield start, run.groups[last][1], *found
+                first = last + 1
+                break
+        else:
+            first += 1
+
+
+def _opening(run: Run, group: int) -> int:
+    """Where a group begins, with the bracket or plus before it."""
+    start = run.groups[group][0]
+    before = re.search(r"[(+ ]*$", run.text[run.groups[group - 1][1] : start])
+    return start - len(before.group().lstrip()) if before else start
+
+
+def _kind(
+    run: Run, first: int, last: int, kinds: Collection[str], regions: tuple[str, ...]
+) -> tuple[str, str] | None:
+    """Kind and value of some groups of a run."""
+    size = run.groups[last][1] - run.groups[first][0]
+    if size < 7:
+        return None
+    digits = run.digits(first, last)
+    if not 7 <= len(digits) <= 19:
+        return None
+    whole = first == 0 and last == len(run.groups) - 1
+    if "X" in digits and not (len(digits) == 18 and digits.index("X") == 17):
+        return None
+    if "ID" in kinds and _is_id(run, first, last, digits):
+        return "ID", digits
+    if "X" in digits:
+        return None
+    if "CARD" in kinds and _is_card(run, first, last, digits, whole):
+        return "CARD", digits
+    if "PHONE" in kinds and len(digits) <= 15:
+        phone = _phone(run, first, last, digits, regions)
+        return ("PHONE", phone) if phone else None
+    return None
+
+
+def _stands_alone(run: Run, first: int, last: int) -> bool:
+    """Whether some groups are no part of a longer number: what stands around them is another sign, or a blank beside
+    groups of another length."""
+    inside = run.signs(first, last)
+    lengths = set(run.lengths(first, last))
+    for group, beside in ((first, first - 1), (last + 1, last + 1)):
+        if not 0 < group < len(run.groups):
+            continue
+        sign = run.sign(group)
+        start, end = run.groups[beside]
+        if sign in inside and (sign != " " or end - start in lengths):
+            return False
+        if not inside and sign not in (" ", ",", ":", "/", "|", ")", "("):
+            return False
+    return True
+
+
+def _is_card(run: Run, first: int, last: int, digits: str, whole: bool) -> bool:
+    if not 13 <= len(digits) or not _ISSUED.fullmatch(digits):
+        return False
+    lengths, signs = run.lengths(first, last), run.signs(first, last)
+    one = len(lengths) == 1 or set(lengths) == {1}
+    if not (one or lengths in _CARD_GROUPS) and not (whole and signs <= {" ", "-", "."}):
+        return False
+    if len(signs) > 1 and set(lengths) != {1}:
+        return False
+    if not whole and not _stands_alone(run, first, last):
+        return False
+    if len(digits) == 13 and ean.is_valid(digits):
+        return False
+    return bool(luhn.is_valid(digits))
+
+
+def _is_id(run: Run, first: int, last: int, digits: str) -> bool:
+    if len(digits) == 18:
+        return bool(ric.is_valid(digits))
+    if len(digits) != 9 or not _stands_alone(run, first, last):
+        return False
+    lengths, signs = run.lengths(first, last), run.signs(first, last)
+    written = f"{digits[:3]}-{digits[3:5]}-{digits[5:]}"
+    if lengths == (3, 2, 4):
+        return len(signs) == 1 and signs != {","} and bool(ssn.is_valid(written))
+    if set(lengths) == {1}:  # 5 3 6 - 9 0 - 4 3 9 9
+        wide = [i for i in range(1, 9) if run.sign(first + i) != " "]
+        return wide == [3, 5] and bool(ssn.is_valid(written))
+    return len(lengths) == 1 and bool(_SSN_NAMED.search(run.before())) and bool(ssn.is_valid(written))
+
+
+def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...]) -> str | None:
+    """The number in E.164, of groups that are a phone number."""
+    opening = _opening(run, first) if first else run.start
+    value = run.text[opening : run.groups[last][1]]
+    marks = set(value) - set("0123456789")
+    if "+" in marks:
+        if value.lstrip("( ").startswith("+") and marks <= _PHONE_SIGNS | set("+_~*|"):
+            return _valid(re.sub(r"[_~*|]", " ", value), None)
+        return None
+    named = bool(_PHONE_NAMED.search(run.before()))
+    if not marks <= (_PHONE_SIGNS | set("_~*|") if named else _PHONE_SIGNS):
+        return None
+    grouped = last > first
+    if not (_is_apart(run, first, last) or named and first == 0) or _DATE.search(value):
+        return None
+    if not named:
+        if _DECIMAL.fullmatch(value) or _THOUSANDS.fullmatch(value):
+            return None
+        if not grouped and _COUNT_NAMED.search(run.before()):
+            return None
+        if len(digits) in (10, 13) and last - first >= 3 and isbn.is_valid(digits):
+            return None
+    plain = re.sub(r"[_~*|]", " ", value)
+    for region in regions:
+        if named or _is_written_so(digits, run.lengths(first, last), region):
+            found = _valid(plain, region)
+            if found:
+                return found
+    return None
+
+
+def _is_apart(run: Run, first: int, last: int) -> bool:
+    """Whether groups hang together more than with what stands around them."""
+    around = {run.sign(group) for group in (first, last + 1)} - {"", ",", ":", "|"}
+    return not around or around == {" "} and " " not in run.signs(first, last)
+
+
+def _is_written_so(digits: str, lengths: tuple[int, ...], region: str) -> bool:
+    """Whether people of a country write a phone number so: bare digits may count anything."""
+    grouped = len(lengths) > 1
+    prefix = phonenumbers.ndd_prefix_for_region(region, True)
+    if region == "CN" and re.fullmatch(r"1[3-9]\d{9}", digits):
+        return True
+    if digits.startswith("00") and len(digits) >= 11:
+        return True
+    if prefix == "1":  # North America leaves it out
+        return grouped and len(digits.removeprefix("1")) == 10
+    if prefix:
+        return digits.startswith(prefix) and (grouped or len(digits) >= 10)
+    # Groups of three are thousands, too.
+    return grouped and set(lengths) != {3}
+
+
+@functools.lru_cache(maxsize=4096)
+def _valid(value: str, region: str | None) -> str | None:
+    try:
+        number = phonenumbers.parse(value, region)
+    except phonenumbers.NumberParseException:
+        return None
+    if not phonenumbers.is_valid_number(number):
+        return None
+    return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
+
+
+# Country and check digits, whatever stands between; how long it goes on is the country's to say.
+_IBAN = re.compile(
+    rf"(?<![0-9A-Za-z_])[A-Za-z]{_SIGN}{{0,2}}[A-Za-z]{_SIGN}{{0,3}}\d{_SIGN}{{0,2}}\d(?={_SIGN}{{0,3}}[0-9A-Za-z])"
+)
+_ALNUM = re.compile(r"[0-9A-Za-z]")
+
+
+def ibans(text: str) -> Iterator[tuple[int, int, str]]:
+    place = 0 if _SOME.search(text) else len(text)
+    while match := _IBAN.search(text, place):
+        place = match.end()
+        size = _iban_length(re.sub(r"[^A-Za-z]", "", match.group()).upper())
+        if size is None:
+            continue
+        found = re.compile(rf"(?:{_SIGN}{{0,3}}[0-9A-Za-z]){{{size - 4}}}(?![0-9A-Za-z_])").match(text, place)
+        if found is None:
+            continue
+        value = "".join(_ALNUM.findall(text[match.start() : found.end()])).upper()
+        if iban.is_valid(value, check_country=False):
+            yield match.start(), found.end(), value
+            place = found.end()
+
+
+@functools.cache
+def _iban_length(country: str) -> int | None:
+    """Characters of a country's accounts; None where it has none (ISO 13616)."""
+    from stdnum import numdb
+
+    info = numdb.get("iban").info(country)[0][1]
+    parts = re.findall(r"(\d+)!?[nac]", info.get("bban", ""))
+    return 4 + sum(map(int, parts)) if parts else None
