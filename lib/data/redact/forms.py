@@ -44,10 +44,17 @@ _SPELLED = re.compile(
     rf"(?P<domain>[A-Za-z0-9-]{{1,63}}(?:(?:{_DOT})[A-Za-z0-9-]{{1,63}}){{0,4}}(?:{_DOT})(?i:{_ENDINGS}))"
     rf"(?![A-Za-z0-9]|\.[A-Za-z])"
 )
+# With brackets, or capitals for both signs, any ending will do.
+_CLEAR_AT = r"\s{0,2}[\[({<]\s?(?i:at|@|ät|arroba|chez|arobase)\s?[\])}>]\s{0,2}"
+_CLEAR_DOT = r"\s{0,2}[\[({<]\s?(?i:dot|punkt|point|punto|\.)\s?[\])}>]\s{0,2}|\s{1,2}DOT\s{1,2}"
+_CLEAR = re.compile(
+    rf"(?<!{_WORD})[A-Za-z0-9_][A-Za-z0-9_.+%'-]{{0,63}}(?:(?:{_CLEAR_AT})(?:[A-Za-z0-9-]{{1,63}}(?:\.|{_CLEAR_DOT})){{1,6}}"
+    rf"|(?:@|\s{{1,2}}AT\s{{1,2}})(?:[A-Za-z0-9-]{{1,63}}(?:{_CLEAR_DOT})){{1,6}})[A-Za-z0-9-]{{2,63}}"
+)
 _SPELLED_AT = re.compile(r"[@\[({<A](?:(?<=@)|T\b|\s?(?i:at|ät|arroba|chez|arobase)\s?[\])}>])")
 # Each letter on its own: a @ b . c
 _LETTERS = re.compile(
-    r"(?<![^\s])[A-Za-z0-9](?: [A-Za-z0-9._+-]){1,40} @(?: [A-Za-z0-9.-]){3,60}(?![^\s,;:!?。，])"
+    r"(?<![0-9A-Za-z_])[A-Za-z0-9](?: [A-Za-z0-9._+-]){1,40} @(?: [A-Za-z0-9.-]){3,60}(?![0-9A-Za-z])"
 )
 
 
@@ -61,6 +68,8 @@ def emails(text: str) -> Iterator[Found]:
             # `write to X @ y . com`: an ending that is known; `MEET AT X.COM` is no address, `a AT x DOT com` is.
             if match["at"].strip() == "AT" and "DOT" not in match["domain"].upper():
                 continue
+            yield match.start(), match.end(), _address(match.group())
+        for match in _CLEAR.finditer(text):
             yield match.start(), match.end(), _address(match.group())
     if "@" in text:
         for match in _EMAIL.finditer(text):
@@ -111,15 +120,15 @@ _PEM = re.compile(
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){0,20000}(?:-----END [A-Z0-9 ]{0,50}-----)?"
 )
 _BEARER = re.compile(
-    r"(?i:\bBearer|\bToken|\bAuthorization['\"]?\s?[:=]\s?['\"]?(?:Basic|Digest|ApiKey))\s{1,2}(?P<value>[A-Za-z0-9._~+/-]{16,}={0,2})"
+    r"(?i:\b(?P<named>Bearer|Token)|\bAuthorization['\"]?\s?[:=]\s?['\"]?(?:Basic|Digest|ApiKey))\s{1,2}(?P<value>[A-Za-z0-9._~+/-]{16,}={0,2})"
 )
 _NAMED = (
-    r"(?:pass(?:word|wd|phrase|code)|\bpass\b|pwd|passwort|kennwort|contrase[nñ]a|mot de passe|密码|口令|密钥|令牌"
+    r"(?:pass(?:word|wd|phrase|code)|(?<![a-z])pass(?![a-z])|pwd|passwort|kennwort|contrase[nñ]a|mot de passe|密码|口令|密钥|令牌"
     r"|secret|token|(?:api|access|secret|auth|account|private|shared|signing|encryption|master)[ _-]?key|credential)s?"
 )
 # The name may go on behind: secret_access_key, "password is".
 _ASSIGNED = re.compile(
-    rf"(?i:{_NAMED})(?:[_-][A-Za-z0-9]{{1,16}}){{0,3}}['\"`]?\s{{0,3}}"
+    rf"(?i:{_NAMED})(?:[_-][A-Za-z0-9]{{1,16}}){{0,3}}['\"`]?\]?\s{{0,3}}"
     r"(?P<sign>:=|=>|==?|:|,(?=\s{0,2}['\"])|\bis:?|\blautet:?|\bist:?|\best:?|\bes:?|是)\s{0,3}"
     r"(?P<quote>['\"`])?(?P<value>[^\s'\"`<>,;&(){}\[\]，。；]{4,512}+)(?![(\[])",
 )
@@ -155,7 +164,7 @@ def keys(text: str) -> Iterator[Found]:
         return
     for match in _BEARER.finditer(text):
         value = match["value"]
-        if any(c.isdigit() for c in value):
+        if not match["named"] or any(c.isdigit() for c in value):
             yield match.start("value"), match.end("value"), value
     for match in _ASSIGNED.finditer(text):
         value = match["value"].rstrip(".!?:")
@@ -179,23 +188,23 @@ def _is_secret(value: str, sign: str, quoted: bool) -> bool:
 # --- machines
 
 _DOT_OF_IP = r"(?:\.|\s?[\[({]\.[\])}]\s?|[\[({]dot[\])}]| \. )"
-_IPV4 = re.compile(rf"(?<![\w.])(?<!\d,)\d{{1,3}}(?:{_DOT_OF_IP}\d{{1,3}}){{3}}(?![A-Za-z0-9_])(?!\.\d)")
+_IPV4 = re.compile(rf"(?<![0-9A-Za-z_.])(?<!\d,)\d{{1,3}}(?:{_DOT_OF_IP}\d{{1,3}}){{3}}(?![A-Za-z0-9_])(?!\.\d)")
 _IPV6 = re.compile(
-    r"(?<![\w:.])(?:[0-9A-Fa-f]{0,4}:){2,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4})?(?![A-Za-z0-9_:])"
+    r"(?<![0-9A-Za-z_.])(?:[0-9A-Fa-f]{1,4}:|:(?=:))(?:[0-9A-Fa-f]{0,4}:){1,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4})?(?![A-Za-z0-9_:])"
 )
 _FOUR = re.compile(r"\d\D{1,5}\d{1,3}\D{1,5}\d{1,3}\D{1,5}\d")
 _SIX = re.compile(r"[0-9A-Fa-f]{2}(?:[:-][0-9A-Fa-f]{2}[:-]| [0-9A-Fa-f]{2} )|\.[0-9A-Fa-f]{4}\.")
 # Four numbers with dots may count editions and chapters, too.
 _NUMBERED = re.compile(
-    r"(?:\bv|version|versión|versione|ver\.|release|build|firmware|driver|section|sección|chapter|kapitel|abschnitt"
+    r"(?:(?<![a-z])v|version|versión|versione|ver\.|release|build|firmware|driver|section|sección|chapter|kapitel|abschnitt"
     r"|chapitre|clause|§|版本|版|第|章|节)\s{0,2}[:=#]?\s{0,2}v?$",
     re.I,
 )
 _MAC = re.compile(
-    r"(?<![\w:.-])(?:[0-9A-Fa-f]{2}(?P<sign>[:-])(?:[0-9A-Fa-f]{2}(?P=sign)){4}[0-9A-Fa-f]{2}|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}"
-    r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}|[0-9A-Fa-f]{6}-[0-9A-Fa-f]{6}|[0-9A-Fa-f]{12})(?![\w:]|[.-]\w)"
+    r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z][.-])(?:[0-9A-Fa-f]{2}(?P<sign>[:-])(?:[0-9A-Fa-f]{2}(?P=sign)){4,9}[0-9A-Fa-f]{2}|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}"
+    r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}|[0-9A-Fa-f]{6}-[0-9A-Fa-f]{6}|[0-9A-Fa-f]{12})(?![0-9A-Za-z_:]|[.-][0-9A-Za-z])"
 )
-_MAC_NAMED = re.compile(r"(?:\bmac\b|ethernet|hwaddr|ether|bssid|网卡)[^\n]{0,24}$", re.I)
+_MAC_NAMED = re.compile(r"(?:(?<![a-z])mac(?![a-z])|ethernet|hwaddr|ether|bssid|网卡)[^\n]{0,24}$", re.I)
 
 
 def machines(text: str) -> Iterator[Found]:
@@ -230,7 +239,7 @@ def cards_of_networks(text: str) -> Iterator[Found]:
         value = re.sub(r"[^0-9A-Fa-f]", "", match.group()).lower()
         # Bare digits, pairs of them and pairs of letters may be anything: the name has to be there.
         sure = match["sign"] is not None and not value.isdigit() or "." in match.group()
-        if len(set(value)) > 1 and (
+        if len(value) == 12 and len(set(value)) > 1 and (
             sure or _MAC_NAMED.search(text[max(0, match.start() - 32) : match.start()])
         ):
             yield match.start(), match.end(), value

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import phonenumbers
 from stdnum import ean, iban, isbn, luhn
 from stdnum.cn import ric
+from stdnum.exceptions import ValidationError
 from stdnum.us import ssn
 
 # What people, and forms that were filled in, put between digits.
@@ -33,26 +34,31 @@ _ISSUED = re.compile(
     r"|3(?:0[0-5]|[689]\d)\d{11}(?:\d{2,5})?|35(?:2[89]|[3-8]\d)\d{12,15}|(?:5[0678]|6\d|81)\d{14,17}"
 )
 # Lengths of a card's groups as it is printed.
-_CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (6, 13), (8, 8)}
+_CARD_GROUPS = {(4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3), (4, 4, 4, 4, 2), (4, 4, 4, 3), (4, 4, 4, 2), (6, 13), (8, 8)}
 _DATE = re.compile(
     r"(?<!\d)(?:(?:19|20)\d\d([-/. ])\d{1,2}\1\d{1,2}|\d{1,2}([-/. ])\d{1,2}\2(?:19|20)\d\d)(?!\d)"
 )
-_DECIMAL = re.compile(r"\d{1,3}\.\d+")
+_DECIMAL = re.compile(r"(?:0|[1-9]\d{0,2})\.\d+")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:([., ])\d{3})(?:\1\d{3})+")
 _PHONE_NAMED = re.compile(
-    r"(?:\btel|phone|\bmobile|\bcell|\bfax|\bcall|\bring|\bdial|\btext me|\bsms|whatsapp|handy|telefon|mobil|rufnummer|erreichbar"
+    r"(?:(?<![a-z])(?:tel|mobile|cell|fax|call|ring|dial|text me|sms)|phone|whatsapp|handy|telefon|mobil|rufnummer|erreichbar"
     r"|portable|téléphone|appel|joign|móvil|movil|teléfono|telefono|llam|电话|手机|号码|致电|拨打|传真|联系|微信)[^\n\d]{0,24}$",
     re.I,
 )
 _COUNT_NAMED = re.compile(
-    r"(?:order|invoice|tracking|ticket|case|serial|parcel|shipment|reference|\bref|sku|isbn|ean|imei|article|item|part|transaction"
+    r"(?:order|invoice|tracking|ticket|case|serial|parcel|shipment|reference|(?<![a-z])ref|sku|isbn|ean|imei|article|item|part|transaction"
     r"|bestell\w*|rechnung\w*|sendung\w*|auftrag\w*|artikel\w*|vorgang\w*|commande|facture|colis|référence|suivi"
     r"|pedido|factura|referencia|envío|订单\w*|单号|发票\w*|编号|运单\w*|快递\w*)[^\n\d]{0,12}$",
     re.I,
 )
-_SSN_NAMED = re.compile(r"(?:\bssn\b|social security|\bsocial\b|社会安全)[^\n\d]{0,24}$", re.I)
+_SSN_NAMED = re.compile(r"(?:(?<![a-z])ssn(?![a-z])|social security|社会安全)[^\n\d]{0,24}$", re.I)
+_PROVINCES = set("11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 71 81 82 83".split())
+_CHINESE_MOBILE = {(11,), (3, 4, 4), (3, 8), (3, 3, 5), (4, 4, 3)}
+_AMERICAN = {(3, 3, 4), (1, 3, 3, 4), (3, 7), (1, 3, 7), (6, 4), (1, 10)}
+# Digits from which on a number with a plus is a phone's even where the country's plan, as it was released, lacks it.
+_ABROAD = 10
 _PHONE_SIGNS = set(" ().-/")
-# A number of groups of which this many characters stand before it says what it is.
+# Characters before a number that may say what it is.
 _CONTEXT = 40
 
 
@@ -79,6 +85,14 @@ class Run:
 
     def lengths(self, first: int, last: int) -> tuple[int, ...]:
         return tuple(end - start for start, end in self.groups[first : last + 1])
+
+    def shape(self, first: int, last: int) -> tuple[int, ...]:
+        """The same; of single digits with blanks between, those between other signs together."""
+        lengths = self.lengths(first, last)
+        if set(lengths) != {1}:
+            return lengths
+        ends = [group for group in range(first + 1, last + 1) if self.sign(group) != " "] + [last + 1]
+        return tuple(end - start for start, end in zip([first, *ends], ends, strict=False))
 
     def signs(self, first: int, last: int) -> set[str]:
         return {self.sign(group) for group in range(first + 1, last + 1)}
@@ -168,7 +182,8 @@ def _is_card(run: Run, first: int, last: int, digits: str, whole: bool) -> bool:
         return False
     lengths, signs = run.lengths(first, last), run.signs(first, last)
     one = len(lengths) == 1 or set(lengths) == {1}
-    if not (one or lengths in _CARD_GROUPS) and not (whole and signs <= {" ", "-", "."}):
+    even = whole and len(set(lengths[:-1])) == 1 and signs <= {" ", "-", "."}
+    if not (one or even or lengths in _CARD_GROUPS):
         return False
     if len(signs) > 1 and set(lengths) != {1}:
         return False
@@ -181,7 +196,7 @@ def _is_card(run: Run, first: int, last: int, digits: str, whole: bool) -> bool:
 
 def _is_id(run: Run, first: int, last: int, digits: str) -> bool:
     if len(digits) == 18:
-        return bool(ric.is_valid(digits))
+        return _is_chinese_id(digits)
     if len(digits) != 9 or not _stands_alone(run, first, last):
         return False
     lengths, signs = run.lengths(first, last), run.signs(first, last)
@@ -194,6 +209,18 @@ def _is_id(run: Run, first: int, last: int, digits: str) -> bool:
     return len(lengths) == 1 and bool(_SSN_NAMED.search(run.before())) and bool(ssn.is_valid(written))
 
 
+def _is_chinese_id(digits: str) -> bool:
+    """Province, birthday and check digit (GB 11643-1999). Not `ric.is_valid`, which asks where the county of birth was
+    in that year, and lacks some."""
+    try:
+        born = ric.get_birth_date(digits)
+    except ValidationError:
+        return False
+    return (
+        born.year >= 1900 and digits[:2] in _PROVINCES and bool(ric.calc_check_digit(digits) == digits[-1])
+    )
+
+
 def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...]) -> str | None:
     """The number in E.164, of groups that are a phone number."""
     opening = _opening(run, first) if first else run.start
@@ -201,7 +228,7 @@ def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...
     marks = set(value) - set("0123456789")
     if "+" in marks:
         if value.lstrip("( ").startswith("+") and marks <= _PHONE_SIGNS | set("+_~*|"):
-            return _valid(re.sub(r"[_~*|]", " ", value), None)
+            return _valid(re.sub(r"[_~*|]", " ", value), None, len(digits) >= _ABROAD)
         return None
     named = bool(_PHONE_NAMED.search(run.before()))
     if not marks <= (_PHONE_SIGNS | set("_~*|") if named else _PHONE_SIGNS):
@@ -214,11 +241,11 @@ def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...
             return None
         if not grouped and _COUNT_NAMED.search(run.before()):
             return None
-        if len(digits) in (10, 13) and last - first >= 3 and isbn.is_valid(digits):
+        if (len(digits), last - first) in ((10, 3), (13, 4)) and isbn.is_valid(digits):
             return None
     plain = re.sub(r"[_~*|]", " ", value)
     for region in regions:
-        if named or _is_written_so(digits, run.lengths(first, last), region):
+        if named or _is_written_so(digits, run.shape(first, last), region):
             found = _valid(plain, region)
             if found:
                 return found
@@ -234,26 +261,30 @@ def _is_apart(run: Run, first: int, last: int) -> bool:
 def _is_written_so(digits: str, lengths: tuple[int, ...], region: str) -> bool:
     """Whether people of a country write a phone number so: bare digits may count anything."""
     grouped = len(lengths) > 1
-    prefix = phonenumbers.ndd_prefix_for_region(region, True)
     if region == "CN" and re.fullmatch(r"1[3-9]\d{9}", digits):
-        return True
+        return lengths in _CHINESE_MOBILE
     if digits.startswith("00") and len(digits) >= 11:
         return True
+    prefix = phonenumbers.ndd_prefix_for_region(region, True)
     if prefix == "1":  # North America leaves it out
-        return grouped and len(digits.removeprefix("1")) == 10
+        return lengths in _AMERICAN
     if prefix:
-        return digits.startswith(prefix) and (grouped or len(digits) >= 10)
+        # Eight digits with a zero before them are a part's number more often.
+        least = 9 if grouped else 10
+        most = 15 if grouped or digits.startswith(("015", "016", "017")) else 11
+        return digits.startswith(prefix) and least <= len(digits) <= most
     # Groups of three are thousands, too.
     return grouped and set(lengths) != {3}
 
 
-@functools.lru_cache(maxsize=4096)
-def _valid(value: str, region: str | None) -> str | None:
+def _valid(value: str, region: str | None, possible: bool = False) -> str | None:
+    """E.164 of a number that is given out, or with `possible` one whose length would do."""
     try:
         number = phonenumbers.parse(value, region)
     except phonenumbers.NumberParseException:
         return None
-    if not phonenumbers.is_valid_number(number):
+    holds = phonenumbers.is_possible_number if possible else phonenumbers.is_valid_number
+    if not holds(number):
         return None
     return str(phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164))
 
