@@ -58,8 +58,12 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-FIRST = _words("ada alan grace linus maria jose lukas anna chloe hugo lucia pablo wei lei xiaoming yan sofie karl emma noah")
-LAST = _words("lovelace turing hopper mueller schmidt dubois leroy garcia lopez wang zhang chen weber meyer brown smith o'neil")
+FIRST = _words(
+    "ada alan grace linus maria jose lukas anna chloe hugo lucia pablo wei lei xiaoming yan sofie karl emma noah"
+)
+LAST = _words(
+    "lovelace turing hopper mueller schmidt dubois leroy garcia lopez wang zhang chen weber meyer brown smith o'neil"
+)
 UMLAUT = _words("jürgen.müller rené.lefèvre josé.peña björn.weiß")
 DOMAINS = _words(
     "example.com mail.example.org firma-beispiel.de post.example.fr correo.example.es qq-example.cn corp.example.com.cn"
@@ -90,7 +94,11 @@ PLANS: dict[str, tuple[str, str, tuple[tuple[str, int], ...]]] = {
     "GB": ("44", "0", (("7400 ", 6), ("7911 ", 6), ("7700 ", 6), ("20 7946 ", 4), ("161 496 ", 4))),
     "DE": ("49", "0", (("151 2", 7), ("170 ", 7), ("176 ", 8), ("30 90", 6), ("89 23", 6), ("40 42", 6))),
     "FR": ("33", "0", (("6 ", 8), ("7 5", 7), ("1 42 ", 6), ("4 91 ", 6))),
-    "CN": ("86", "0", (("138 ", 8), ("159 ", 8), ("186 ", 8), ("177 ", 8), ("199 ", 8), ("21 6", 7), ("10 8", 7))),
+    "CN": (
+        "86",
+        "0",
+        (("138 ", 8), ("159 ", 8), ("186 ", 8), ("177 ", 8), ("199 ", 8), ("21 6", 7), ("10 8", 7)),
+    ),
     "ES": ("34", "", (("612 ", 6), ("655 ", 6), ("91 4", 6))),
     "IT": ("39", "", (("347 ", 7), ("333 ", 7))),
     "JP": ("81", "", (("90 2", 7), ("80 3", 7))),
@@ -127,7 +135,9 @@ def _phone(random: Random) -> str:
         mobile = begin.startswith("1") and len(area) == 3
         if random.random() < 0.5:
             if mobile:
-                return random.choice((national, f"{area} {local[:4]} {local[4:]}", f"{area}-{local[:4]}-{local[4:]}"))
+                return random.choice(
+                    (national, f"{area} {local[:4]} {local[4:]}", f"{area}-{local[:4]}-{local[4:]}")
+                )
             return random.choice((f"0{area}-{local}", f"0{area} {local}", f"(0{area}){local}"))
     elif country == "US" and random.random() < 0.5:
         return random.choice((f"({area}) {local[:3]}-{local[3:]}", f"{area}-{local[:3]}-{local[3:]}",
@@ -135,7 +145,9 @@ def _phone(random: Random) -> str:
     elif trunk and random.random() < 0.4:
         if country == "FR":
             return _grouped(random, trunk + national, (2, 2, 2, 2, 2), random.choice((" ", ".", "-")))
-        return random.choice((f"0{area} {local}", f"0{area}/{local}", f"(0{area}) {local}", f"0{area}-{local}"))
+        return random.choice(
+            (f"0{area} {local}", f"0{area}/{local}", f"(0{area}) {local}", f"0{area}-{local}")
+        )
     middle = len(local) // 2
     return random.choice(
         (f"+{prefix} {area} {local}", f"+{prefix}{national}", f"+{prefix}-{area}-{local}",
@@ -179,7 +191,11 @@ def _iban(random: Random) -> str:
         if sign.isdigit():
             number += sign
             continue
-        of = {"n": string.digits, "a": string.ascii_uppercase, "c": string.digits * 3 + string.ascii_uppercase}[sign]
+        of = {
+            "n": string.digits,
+            "a": string.ascii_uppercase,
+            "c": string.digits * 3 + string.ascii_uppercase,
+        }[sign]
         account += _letters(random, int(number), of)
         number = ""
     if country == "TR":
@@ -195,7 +211,9 @@ def _ssn(random: Random) -> str:
     return f"{area:03d}-{random.randint(1, 99):02d}-{random.randint(1, 9999):04d}"
 
 
-REGIONS = _words("110105 310104 440106 510104 330106 420106 320102 610102 350203 210102 370202 430102 500103 120101 410105")
+REGIONS = _words(
+    "110105 310104 440106 510104 330106 420106 320102 610102 350203 210102 370202 430102 500103 120101 410105"
+)
 
 
 def _chinese_id(random: Random) -> str:
@@ -210,7 +228,9 @@ def _chinese_id(random: Random) -> str:
 def _ip(random: Random) -> str:
     if random.random() < 0.6:
         first = random.choice([n for n in range(1, 224) if n != 127])
-        return ".".join(str(n) for n in (first, *(random.randint(0, 255) for _ in range(2)), random.randint(1, 254)))
+        return ".".join(
+            str(n) for n in (first, *(random.randint(0, 255) for _ in range(2)), random.randint(1, 254))
+        )
     groups = [f"{random.randint(0, 0xFFFF):x}" for _ in range(8)]
     return random.choice(
         (":".join(["2001", "db8", *groups[2:]]), f"2001:db8::{groups[0]}", f"fe80::{groups[0]}:{groups[1]}",
@@ -222,17 +242,29 @@ def _mac(random: Random) -> str:
     pairs = [f"{random.randint(0, 255):02x}" for _ in range(6)]
     pairs[random.randrange(6)] = random.choice(("a4", "3c", "f0", "be", "d9"))
     sign = random.choice(":-")
-    value = sign.join(pairs) if random.random() < 0.8 else ".".join(
-        "".join(pairs[i : i + 2]) for i in (0, 2, 4)
+    value = (
+        sign.join(pairs) if random.random() < 0.8 else ".".join("".join(pairs[i : i + 2]) for i in (0, 2, 4))
     )
     return value.upper() if random.random() < 0.4 else value
 
 
 def _url(random: Random) -> tuple[str, str, str]:
-    scheme = random.choice(("https", "http", "postgres", "postgresql+psycopg", "redis", "amqp", "ftp", "mysql", "mongodb+srv"))
+    scheme = random.choice(
+        ("https", "http", "postgres", "postgresql+psycopg", "redis", "amqp", "ftp", "mysql", "mongodb+srv")
+    )
     user = random.choice((random.choice(FIRST), "admin", "svc-app", "root", "user%40corp"))
-    word = random.choice(("hunter2", _letters(random, 12), f"{_letters(random, 6)}!{_digits(random, 3)}", "p%40ss%2Fword", "s3cr3t$x"))
-    host = random.choice(("db.internal:5432/app", "example.com/a/b?x=1", "cache:6379/0", "10-0-0-5.host/x", "mq.example.org"))
+    word = random.choice(
+        (
+            "hunter2",
+            _letters(random, 12),
+            f"{_letters(random, 6)}!{_digits(random, 3)}",
+            "p%40ss%2Fword",
+            "s3cr3t$x",
+        )
+    )
+    host = random.choice(
+        ("db.internal:5432/app", "example.com/a/b?x=1", "cache:6379/0", "10-0-0-5.host/x", "mq.example.org")
+    )
     return f"{scheme}://", f"{user}:{word}", f"@{host}"
 
 
@@ -282,8 +314,16 @@ ASSIGNED_HELD_OUT: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
     lambda r: ("la contraseña es ", _letters(r, 7) + "4z", ""),
     lambda r: ("client_secret=", _letters(r, 30), "&grant_type=x"),
     lambda r: ("Kennwort lautet ", _letters(r, 7) + "4z", ""),
-    lambda r: ("-H 'Authorization: Basic ", base64.b64encode(f"ada:{_letters(r, 12)}".encode()).decode(), "'"),
-    lambda r: ("", f"-----BEGIN OPENSSH PRIVATE KEY-----\n{_letters(r, 70)}\n-----END OPENSSH PRIVATE KEY-----", ""),
+    lambda r: (
+        "-H 'Authorization: Basic ",
+        base64.b64encode(f"ada:{_letters(r, 12)}".encode()).decode(),
+        "'",
+    ),
+    lambda r: (
+        "",
+        f"-----BEGIN OPENSSH PRIVATE KEY-----\n{_letters(r, 70)}\n-----END OPENSSH PRIVATE KEY-----",
+        "",
+    ),
     lambda r: ('os.environ["API_TOKEN"] = "', _letters(r, 20), '"'),
 )
 
@@ -443,6 +483,7 @@ def _split(written: str) -> tuple[str, str, str]:
 
 # --- texts without personal data
 
+
 def _isbn(random: Random) -> str:
     digits = "978" + _digits(random, 9)
     check = -sum(int(d) * (3 if i % 2 else 1) for i, d in enumerate(digits)) % 10
@@ -514,7 +555,15 @@ def _version(random: Random) -> str:
 
 def _place(random: Random) -> str:
     lat, lon = random.uniform(-90, 90), random.uniform(-180, 180)
-    return random.choice((f"{lat:.6f}, {lon:.6f}", f"{lat:.4f},{lon:.4f}", f"({lat:.5f} {lon:.5f})", f"{abs(lat):.4f}° N, {abs(lon):.4f}° E", "48°51′29.6″N 2°17′40.2″E"))
+    return random.choice(
+        (
+            f"{lat:.6f}, {lon:.6f}",
+            f"{lat:.4f},{lon:.4f}",
+            f"({lat:.5f} {lon:.5f})",
+            f"{abs(lat):.4f}° N, {abs(lon):.4f}° E",
+            "48°51′29.6″N 2°17′40.2″E",
+        )
+    )
 
 
 def _hash(random: Random) -> str:

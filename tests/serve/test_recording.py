@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
+from lib.data.redact import Rules
 from lib.events import Event
 from lib.keys import Key
 from lib.settings import EventSettings
@@ -75,7 +76,7 @@ def test_an_answer_is_an_event() -> None:
     assert (event.id, event.application, event.model) == ("r0", "reviews", "reviews@3")
     assert (event.route, event.status, event.tokens, event.key) == ("/v1/echo", 200, 5, "id")
     assert event.milliseconds > 0
-    asked, said = clean([event.request, event.answer])
+    asked, said = clean(Rules(), [event.request, event.answer])
     assert asked == {"inputs": ["I am <EMAIL_1>"]}
     assert said == {"said": asked}
 
@@ -94,7 +95,7 @@ def test_errors_and_what_is_no_answer_are_no_events() -> None:
 def test_words_that_are_not_kept(settings: dict[str, Any]) -> None:
     (event,) = ask(("POST", "/v1/echo", {"inputs": ["a" * 30]}), **settings)
     assert (event.request, event.answer) == (None, None)
-    assert clean([event.request, event.answer]) == [None, None]
+    assert clean(Rules(), [event.request, event.answer]) == [None, None]
 
 
 def test_bodies_that_are_no_json_are_nothing() -> None:

@@ -36,7 +36,7 @@ PSEUDONYM_DIGITS = 12
 # A text without any of these holds nothing that has a form. RE2, for Arrow, whose one look costs 4 µs a review; the
 # finders, which are Python's, have gates of their own.
 WORTH = (
-    r"[^\x00-\x7f]|@|://|::|&#|[0-9](?:[^A-Za-z0-9]{0,6}[0-9]){5}|(?:[0-9A-Fa-f]{1,4}[.:-]){3}"
+    r"[^\x00-\x7f]|\\u|@|://|::|&#|[0-9](?:[^A-Za-z0-9]{0,6}[0-9]){5}|(?:[0-9A-Fa-f]{1,4}[.:-]){3}"
     r"|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}|\bAT\b|[\[({<] ?(?:[Aa][Tt]|arroba|chez|arobase) ?[\])}>]"
     r"|[A-Za-z/+-]{8}[0-9_]|[0-9_][0-9A-Za-z_/+-]{8}|PRIVATE KEY|(?i:bearer|authorization)"
     r"|(?i:pass|pwd|secret|token|key|kennwort|contrase|credential)[^\n]{0,24}(?:[=:,]|is|ist|est|es)"
@@ -71,18 +71,32 @@ class Rules:
                 near = nearest(region, phonenumbers.SUPPORTED_REGIONS)
                 raise ConfigError(f"{where}.regions: no country {region!r}{near} (ISO 3166)")
         key = _key(settings.key_env, where) if settings.key_env else None
-        return cls(tuple(settings.kinds), tuple(settings.regions), key, settings.names)
+        names = settings.names
+        if names is not None:
+            from lib.data.redact.names import placed
+
+            names = placed(names)
+        return cls(tuple(settings.kinds), tuple(settings.regions), key, names)
 
     def identity(self) -> dict[str, object]:
-        """What a dataset's fingerprint says of it, beside the settings: another key gives other rows."""
-        said = b"which key is it" if self.key else None
-        return {"version": VERSION, "key": said and _digest(self.key, said)}
+        """What a dataset's fingerprint says of it, beside the settings: another key or model gives other rows. Raises
+        ConfigError or ModelError for a model that cannot be used."""
+        found: dict[str, object] = {"version": VERSION}
+        if self.key:
+            found["key"] = _digest(self.key, b"which key is it")
+        if self.names:
+            from lib.data.redact.names import check
+
+            found["model"] = check(self.names)
+        return found
 
 
 def _key(name: str, where: str) -> SecretBytes:
     key = os.environ.get(name, "").encode()
     if not key:
-        raise ConfigError(f"{where}.key_env: the environment has no {name}; set it to {LEAST_KEY_BYTES} bytes or more")
+        raise ConfigError(
+            f"{where}.key_env: the environment has no {name}; set it to {LEAST_KEY_BYTES} bytes or more"
+        )
     if len(key) < LEAST_KEY_BYTES:
         raise ConfigError(
             f"{where}.key_env: {name} has {len(key)} bytes, which can be guessed; give {LEAST_KEY_BYTES} or more"
@@ -90,8 +104,7 @@ def _key(name: str, where: str) -> SecretBytes:
     return SecretBytes(key)
 
 
-def _digest(key: SecretBytes | None, said: bytes) -> str:
-    assert key is not None
+def _digest(key: SecretBytes, said: bytes) -> str:
     return hmac.new(key.get_secret_value(), said, hashlib.sha256).hexdigest()[:PSEUDONYM_DIGITS]
 
 

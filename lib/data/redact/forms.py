@@ -136,7 +136,22 @@ _AWS_SECRET = re.compile(
     r"(?i:aws|secret)[^\n]{0,40}?(?<![A-Za-z0-9/+=])(?P<value>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"
 )
 # One of these is in a text that names a secret; looking for each costs a tenth of one pattern for all of them.
-_NAMES = "pass pwd secret token key kennwort contrase credential bearer authorization 密码 口令 密钥 令牌".split()
+_NAMES = [
+    "pass",
+    "pwd",
+    "secret",
+    "token",
+    "key",
+    "kennwort",
+    "contrase",
+    "credential",
+    "bearer",
+    "authorization",
+    "密码",
+    "口令",
+    "密钥",
+    "令牌",
+]
 # The shortest key that is known by its form alone.
 _SHORTEST = 15
 # What stands where a value would: a name of one, a call, a word that says there is none.
@@ -188,7 +203,9 @@ def _is_secret(value: str, sign: str, quoted: bool) -> bool:
 # --- machines
 
 _DOT_OF_IP = r"(?:\.|\s?[\[({]\.[\])}]\s?|[\[({]dot[\])}]| \. )"
-_IPV4 = re.compile(rf"(?<![0-9A-Za-z_.])(?<!\d,)\d{{1,3}}(?:{_DOT_OF_IP}\d{{1,3}}){{3}}(?![A-Za-z0-9_])(?!\.\d)")
+_IPV4 = re.compile(
+    rf"(?<![0-9A-Za-z_.])(?<!\d,)\d{{1,3}}(?:{_DOT_OF_IP}\d{{1,3}}){{3}}(?![A-Za-z0-9_])(?!\.\d)"
+)
 _IPV6 = re.compile(
     r"(?<![0-9A-Za-z_.])(?:[0-9A-Fa-f]{1,4}:|:(?=:))(?:[0-9A-Fa-f]{0,4}:){1,7}(?:\d{1,3}(?:\.\d{1,3}){3}|[0-9A-Fa-f]{1,4})?(?![A-Za-z0-9_:])"
 )
@@ -238,8 +255,10 @@ def cards_of_networks(text: str) -> Iterator[Found]:
     for match in _MAC.finditer(text):
         value = re.sub(r"[^0-9A-Fa-f]", "", match.group()).lower()
         # Bare digits, pairs of them and pairs of letters may be anything: the name has to be there.
-        sure = match["sign"] is not None and not value.isdigit() or "." in match.group()
-        if len(value) == 12 and len(set(value)) > 1 and (
-            sure or _MAC_NAMED.search(text[max(0, match.start() - 32) : match.start()])
+        sure = (match["sign"] is not None and not value.isdigit()) or "." in match.group()
+        if (
+            len(value) == 12
+            and len(set(value)) > 1
+            and (sure or _MAC_NAMED.search(text[max(0, match.start() - 32) : match.start()]))
         ):
             yield match.start(), match.end(), value

@@ -61,7 +61,7 @@ class Plain:
 
 def plain(text: str) -> Plain:
     seen = text if text.isascii() else text.translate(_TABLE)
-    if seen.isascii() and "&" not in seen or not _HIDDEN.search(seen):
+    if (seen.isascii() and "&" not in seen) or not _HIDDEN.search(seen):
         return Plain(seen)
     parts: list[str] = []
     starts: list[int] = []
