@@ -286,16 +286,28 @@ ISSUED: dict[str, Callable[[Random], str]] = {
     "sendgrid": lambda r: f"SG.{_letters(r, 22)}.{_letters(r, 43)}",
     "jwt": lambda r: ".".join(
         base64.urlsafe_b64encode(part.encode()).decode().rstrip("=")
-        for part in ('{"alg":"HS256","typ":"JWT"}', f'{{"sub":"{_digits(r, 8)}","name":"x"}}', _letters(r, 24))
+        for part in (
+            '{"alg":"HS256","typ":"JWT"}',
+            f'{{"sub":"{_digits(r, 8)}","name":"x"}}',
+            _letters(r, 24),
+        )
     ),
-}  # fmt: skip
-ISSUED_HELD_OUT: dict[str, Callable[[Random], str]] = {
     "github fine": lambda r: f"github_pat_{_letters(r, 22)}_{_letters(r, 59)}",
     "shopify": lambda r: "shpat_" + _letters(r, 32, HEX),
     "digitalocean": lambda r: "dop_v1_" + _letters(r, 64, HEX),
     "telegram": lambda r: f"{_digits(r, 10)}:AA{_letters(r, 33)}",
     "databricks": lambda r: "dapi" + _letters(r, 32, HEX),
     "vault": lambda r: "hvs." + _letters(r, 24),
+}
+ISSUED_HELD_OUT: dict[str, Callable[[Random], str]] = {
+    "mailgun": lambda r: "key-" + _letters(r, 32, HEX),
+    "twilio": lambda r: "SK" + _letters(r, 32, HEX),
+    "notion": lambda r: "ntn_" + _letters(r, 46),
+    "linear": lambda r: "lin_api_" + _letters(r, 40),
+    "atlassian": lambda r: "ATATT3xFfGF0" + _letters(r, 170),
+    "grafana": lambda r: f"glsa_{_letters(r, 32)}_{_letters(r, 8, HEX)}",
+    "discord": lambda r: f"M{_letters(r, 23)}.{_letters(r, 6)}.{_letters(r, 38)}",
+    "anthropic": lambda r: "sk-ant-api03-" + _letters(r, 93, URLSAFE[:-2]),
 }
 ASSIGNED: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
     lambda r: ("password=", _letters(r, 10), ""),
@@ -307,9 +319,11 @@ ASSIGNED: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
     lambda r: ("my password is ", _letters(r, 6) + "9x", ""),
     lambda r: ("Passwort: ", _letters(r, 7) + "4z", ""),
     lambda r: ("密码：", _letters(r, 7) + "4z", ""),
-    lambda r: ("", f"-----BEGIN RSA PRIVATE KEY-----\n{_letters(r, 64)}\n{_letters(r, 40)}\n-----END RSA PRIVATE KEY-----", ""),
-)  # fmt: skip
-ASSIGNED_HELD_OUT: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
+    lambda r: (
+        "",
+        f"-----BEGIN RSA PRIVATE KEY-----\n{_letters(r, 64)}\n{_letters(r, 40)}\n-----END RSA PRIVATE KEY-----",
+        "",
+    ),
     lambda r: ("mot de passe : ", _letters(r, 7) + "4z", ""),
     lambda r: ("la contraseña es ", _letters(r, 7) + "4z", ""),
     lambda r: ("client_secret=", _letters(r, 30), "&grant_type=x"),
@@ -326,6 +340,18 @@ ASSIGNED_HELD_OUT: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
     ),
     lambda r: ('os.environ["API_TOKEN"] = "', _letters(r, 20), '"'),
 )
+# fmt: off
+ASSIGNED_HELD_OUT: tuple[Callable[[Random], tuple[str, str, str]], ...] = (
+    lambda r: ("PGPASSWORD=", _letters(r, 12), " psql"),
+    lambda r: ("mysql --password ", _letters(r, 8) + "4Z", " -h db"),
+    lambda r: ("<password>", _letters(r, 10) + "1", "</password>"),
+    lambda r: ("密钥是", _letters(r, 12) + "8", ""),
+    lambda r: ("secret_key: ", _letters(r, 24) + "5", ""),
+    lambda r: ('{"refresh_token":"', _letters(r, 40), '"}'),
+    lambda r: ("x-api-key: ", _letters(r, 32) + "3", ""),
+    lambda r: ("", "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\n" + _letters(r, 64) + "\n-----END PGP PRIVATE KEY BLOCK-----", ""),
+)
+# fmt: on
 
 
 def _key(random: Random, held_out: bool) -> tuple[str, str, str]:
@@ -387,57 +413,81 @@ def _as_is(random: Random, value: str) -> str:
 
 
 ZERO_WIDTH, SOFT_HYPHEN, WORD_JOINER = "\u200b", "\xad", "\u2060"
+# fmt: off
 _NUMBER_FORMS: dict[str, Form] = {
     "full width": _full_width, "zero width": _with(ZERO_WIDTH), "no-break spaces": _signs("\xa0"), "dashes": _signs("–"),
     "middle dots": _signs("·"), "Arabic-Indic digits": _in_digits(0x660), "spaced digits": _spaced,
-}  # fmt: skip
-_NUMBER_HELD_OUT: dict[str, Form] = {
     "thin spaces": _signs("\u2009"), "non-breaking hyphens": _signs("\u2011"), "minus signs": _signs("\u2212"),
     "Devanagari digits": _in_digits(0x966), "bold digits": _in_digits(0x1D7CE), "soft hyphens": _with(SOFT_HYPHEN),
     "word joiners": _with(WORD_JOINER, 3), "ideographic spaces": _signs("\u3000"), "double spaces": _signs("  "),
-}  # fmt: skip
+}
+_NUMBER_HELD_OUT: dict[str, Form] = {
+    "Persian digits": _in_digits(0x6F0), "Bengali digits": _in_digits(0x9E6), "double-struck digits": _in_digits(0x1D7D8),
+    "narrow spaces": _signs("\u202f"), "figure dashes": _signs("\u2012"), "bullets": _signs("•"), "spaced dashes": _signs(" – "),
+    "joiners": _with("\u200d", 3), "byte order marks": _with("\ufeff"), "direction marks": _with("\u200e", 3), "tabs": _signs("\t"),
+    "hyphen bullets": _signs("\u2043"), "line breaks": lambda r, v: v.replace(" ", "\n", 1),
+}
 FORMS: dict[str, dict[str, Form]] = {
     "EMAIL": {
         "capitals": lambda r, v: v.upper(), "full width": _full_width, "zero width": _with(ZERO_WIDTH), "spaces": _at(" @ "),
         "(at)": _at("(at)"), "[at] [dot]": _at(" [at] ", " [dot] "), "&#64;": _at("&#64;"), "mailto": lambda r, v: f"mailto:{v}",
         "in brackets": lambda r, v: f"<{v}>", "quoted": lambda r, v: f"'{v}'",
-    },
-    "PHONE": _NUMBER_FORMS,
-    "CARD": {**_NUMBER_FORMS, "dots": _signs(".")},
-    "IBAN": {"small": lambda r, v: v.lower(), "zero width": _with(ZERO_WIDTH), "no-break spaces": _signs("\xa0"),
-             "dashes": _signs("-"), "dots": _signs("."), "full width": _full_width},
-    "ID US": {"spaces": _signs(" "), "dashes": _signs("–"), "full width": _full_width, "zero width": _with(ZERO_WIDTH)},
-    "ID CN": {"groups": lambda r, v: f"{v[:6]} {v[6:14]} {v[14:]}", "full width": _full_width, "zero width": _with(ZERO_WIDTH),
-              "small": lambda r, v: v.lower(), "dashes": lambda r, v: f"{v[:6]}-{v[6:14]}-{v[14:]}"},
-    "IP": {"with a port": lambda r, v: f"{v}:8080" if "." in v else f"[{v}]:443", "in a URL": lambda r, v: f"http://{v}/" if "." in v else f"http://[{v}]/",
-           "full width": _full_width, "zero width": _with(ZERO_WIDTH)},
-    "MAC": {"full width": _full_width, "zero width": _with(ZERO_WIDTH)},
-    "URL": {},
-    "KEY": {},
-}  # fmt: skip
-HELD_OUT: dict[str, dict[str, Form]] = {
-    "EMAIL": {
         "{at} (dot)": _at("{at}", "(dot)"), "AT DOT": _at(" AT ", " DOT "), "spaced letters": lambda r, v: _spaced(r, "ada.b@example.com"),
         "soft hyphens": _with(SOFT_HYPHEN), "small @": _at("﹫"), "(arroba) (punto)": _at(" (arroba) ", " (punto) "), "&#x40;": _at("&#x40;"),
         "[.]": _at("@", "[.]"), "word joiners": _with(WORD_JOINER, 3), "in a query": lambda r, v: f"?email={v}&x=1",
     },
-    "PHONE": _NUMBER_HELD_OUT,
-    "CARD": {**_NUMBER_HELD_OUT, "stars": _signs("*"), "underscores": _signs("_"), "slashes": _signs("/"),
+    "PHONE": _NUMBER_FORMS,
+    "CARD": {**_NUMBER_FORMS, "dots": _signs("."), "stars": _signs("*"), "underscores": _signs("_"), "slashes": _signs("/"),
              "pairs": lambda r, v: _grouped(r, "".join(filter(str.isdigit, v)), (2,) * 10)},
-    "IBAN": {"spaced": _spaced, "underscores": _signs("_"), "non-breaking hyphens": _signs("\u2011"), "soft hyphens": _with(SOFT_HYPHEN),
-             "slashes": _signs("/")},
-    "ID US": {"dots": _signs("."), "minus signs": _signs("\u2212"), "spaced digits": _spaced, "bold digits": _in_digits(0x1D7CE)},
-    "ID CN": {"spaced digits": _spaced, "middle dots": lambda r, v: f"{v[:6]}·{v[6:14]}·{v[14:]}", "Thai digits": _in_digits(0xE50),
+    "IBAN": {"small": lambda r, v: v.lower(), "zero width": _with(ZERO_WIDTH), "no-break spaces": _signs("\xa0"),
+             "dashes": _signs("-"), "dots": _signs("."), "full width": _full_width, "spaced": _spaced, "underscores": _signs("_"),
+             "non-breaking hyphens": _signs("\u2011"), "soft hyphens": _with(SOFT_HYPHEN), "slashes": _signs("/")},
+    "ID US": {"spaces": _signs(" "), "dashes": _signs("–"), "full width": _full_width, "zero width": _with(ZERO_WIDTH),
+              "dots": _signs("."), "minus signs": _signs("\u2212"), "spaced digits": _spaced, "bold digits": _in_digits(0x1D7CE)},
+    "ID CN": {"groups": lambda r, v: f"{v[:6]} {v[6:14]} {v[14:]}", "full width": _full_width, "zero width": _with(ZERO_WIDTH),
+              "small": lambda r, v: v.lower(), "dashes": lambda r, v: f"{v[:6]}-{v[6:14]}-{v[14:]}", "spaced digits": _spaced,
+              "middle dots": lambda r, v: f"{v[:6]}·{v[6:14]}·{v[14:]}", "Thai digits": _in_digits(0xE50),
               "in fours": lambda r, v: _grouped(r, v, (4, 4, 4, 4, 2))},
-    "IP": {"[.]": lambda r, v: v.replace(".", "[.]"), "CIDR": lambda r, v: f"{v}/24", "bold digits": _in_digits(0x1D7CE)},
-    "MAC": {"dashes": lambda r, v: v.replace("-", "–"), "bare": lambda r, v: "MAC " + "".join(c for c in v if c not in ":-.")},
+    "IP": {"with a port": lambda r, v: f"{v}:8080" if "." in v else f"[{v}]:443", "full width": _full_width, "zero width": _with(ZERO_WIDTH),
+           "in a URL": lambda r, v: f"http://{v}/" if "." in v else f"http://[{v}]/", "[.]": lambda r, v: v.replace(".", "[.]"),
+           "CIDR": lambda r, v: f"{v}/24", "bold digits": _in_digits(0x1D7CE)},
+    "MAC": {"full width": _full_width, "zero width": _with(ZERO_WIDTH), "dashes": lambda r, v: v.replace("-", "–"),
+            "bare": lambda r, v: "MAC " + "".join(c for c in v if c not in ":-.")},
     "URL": {"no user": lambda r, v: ":" + v.partition(":")[2], "at sign": lambda r, v: v + "@x", "colons": lambda r, v: v + ":y:z"},
     "KEY": {},
-}  # fmt: skip
-# What a form adds around the value is no part of it.
-_AROUND = ("mailto:", "<", ">", "'", "?email=", "&x=1", ":8080", "]:443", "[2", "http://", "/24", "MAC ")
+}
+HELD_OUT: dict[str, dict[str, Form]] = {
+    "EMAIL": {
+        "full-width @": _at("＠"), "<at> <dot>": _at(" <at> ", " <dot> "), "(ät) (punkt)": _at("(ät)", "(punkt)"), "&commat;": _at("&commat;"),
+        "%40": _at("%40"), "a blank before": _at(" @"), "a blank behind": _at("@ "), "in a link": lambda r, v: f"[x](mailto:{v})",
+        "joiners": _with("\u200d", 3), "direction marks": _with("\u200e"), "byte order marks": _with("\ufeff"), "AT": _at("[AT]"),
+        "dots spelled": _at("@", " dot "), "bold": lambda r, v: f"**{v}**", "underlined": lambda r, v: f"_{v}_",
+    },
+    "PHONE": _NUMBER_HELD_OUT,
+    "CARD": {**_NUMBER_HELD_OUT, "commas": _signs(","), "colons": _signs(":"), "bars": _signs(" | "), "in threes": lambda r, v: _grouped(r, "".join(filter(str.isdigit, v)), (3,) * 7)},
+    "IBAN": {"small, in fours": lambda r, v: _signs(" ")(r, v.lower()), "narrow spaces": _signs("\u202f"), "joiners": _with("\u200d", 3), "commas": _signs(", "),
+             "bullets": _signs("•"), "in twos": lambda r, v: _grouped(r, v.replace(" ", ""), (2,) * 20), "line breaks": lambda r, v: v.replace(" ", "\n", 1)},
+    "ID US": {"spaced dashes": _signs(" - "), "underscores": _signs("_"), "slashes": _signs("/"), "Bengali digits": _in_digits(0x9E6), "joiners": _with("\u200d"),
+              "bare": lambda r, v: "SSN " + v.replace("-", "")},
+    "ID CN": {"slashes": lambda r, v: f"{v[:6]}/{v[6:14]}/{v[14:]}", "in threes": lambda r, v: _grouped(r, v, (3,) * 6), "Persian digits": _in_digits(0x6F0),
+              "joiners": _with("\u200d", 3), "full stops": lambda r, v: f"{v[:6]}.{v[6:10]}.{v[10:12]}.{v[12:14]}.{v[14:]}"},
+    "IP": {"zeros": lambda r, v: ".".join(n.zfill(3) for n in v.split(".")) if "." in v else v.zfill(4), "(dot)": lambda r, v: v.replace(".", "(dot)"),
+           "mapped": lambda r, v: f"::ffff:{v}" if "." in v else v, "joiners": _with("\u200d"), "spaced dots": lambda r, v: v.replace(".", " . ")},
+    "MAC": {"blanks": lambda r, v: "MAC " + " ".join(v.replace(".", ":").replace("-", ":").split(":")), "joiners": _with("\u200d"), "non-breaking hyphens": lambda r, v: v.replace("-", "\u2011"),
+            "double-struck digits": _in_digits(0x1D7D8)},
+    "URL": {"capitals": lambda r, v: v.upper(), "signs": lambda r, v: v + "#?!", "zero width": _with(ZERO_WIDTH)},
+    "KEY": {},
+}
+# fmt: on
 MAKERS: dict[str, Callable[[Random], str]] = {
-    "EMAIL": _email, "PHONE": _phone, "CARD": _card, "IBAN": _iban, "ID US": _ssn, "ID CN": _chinese_id, "IP": _ip, "MAC": _mac,
+    "EMAIL": _email,
+    "PHONE": _phone,
+    "CARD": _card,
+    "IBAN": _iban,
+    "ID US": _ssn,
+    "ID CN": _chinese_id,
+    "IP": _ip,
+    "MAC": _mac,
 }  # fmt: skip
 TYPES = (*MAKERS, "URL", "KEY")
 
@@ -472,10 +522,10 @@ def positives(seed: int, count: int = 500, held_out: bool = False) -> Iterator[T
 def _split(written: str) -> tuple[str, str, str]:
     """What stands before the value, the value, and what stands behind it."""
     before, behind = "", ""
-    for mark in ("mailto:", "?email=", "http://", "MAC ", "<", "'", "["):
+    for mark in ("mailto:", "[x](mailto:", "?email=", "http://", "MAC ", "SSN ", "<", "'", "[", "**", "_"):
         if written.startswith(mark):
             before, written = before + mark, written[len(mark) :]
-    for mark in ("&x=1", ":8080", ":443", "/24", "/", ">", "'", "]"):
+    for mark in ("&x=1", ":8080", ":443", "/24", "/", ">", "'", "]", "**", "_", ")"):
         if written.endswith(mark):
             behind, written = mark + behind, written[: -len(mark)]
     return before, written, behind
@@ -608,20 +658,38 @@ NEGATIVES: dict[str, Callable[[Random], str]] = {
     "ISBN-10": _isbn_10, "EAN": _ean, "tracking numbers": _tracking, "coordinates": _place, "statistics": _statistic, "times": _time,
     "hashes": _hash, "scores": _score, "code": _code,
 }  # fmt: skip
-ORDERED = {"en": "Order {v} has not come.", "de": "Bestellung {v} ist nicht da.", "fr": "La commande {v} n'est pas arrivée.",
-           "es": "El pedido {v} no ha llegado.", "zh": "订单号{v}还没到。"}  # fmt: skip
+# fmt: off
+NEGATIVES_HELD_OUT: dict[str, Callable[[Random], str]] = {
+    "publications": lambda r: r.choice((f"doi:10.{_digits(r, 4)}/j.x.{r.randint(1990, 2026)}.{_digits(r, 5)}", f"arXiv:{_digits(r, 4)}.{_digits(r, 5)}", f"ISSN {_digits(r, 4)}-{_digits(r, 4)}", f"US {r.randint(1, 11)},{_digits(r, 3)},{_digits(r, 3)} B2", f"pp. {r.randint(1, 500)}-{r.randint(501, 900)}")),
+    "laws and courts": lambda r: r.choice((f"2 BvR {_digits(r, 4)}/{_digits(r, 2)}", f"Art. {r.randint(1, 99)} Abs. {r.randint(1, 9)} DSGVO", f"C-{_digits(r, 3)}/{_digits(r, 2)}", f"§ {r.randint(1, 999)} BGB", f"Directive 2016/{_digits(r, 3)}/EU")),
+    "licences": lambda r: r.choice(("-".join(_letters(r, 5, UPPER) for _ in range(5)), f"B-{_letters(r, 2, string.ascii_uppercase)} {_digits(r, 4)}", f"LH{_digits(r, 3)} / UA{_digits(r, 4)}", f"Boeing 737-{_digits(r, 3)}")),
+    "chemistry and medicine": lambda r: r.choice((f"CAS {_digits(r, 4)}-{_digits(r, 2)}-{_digits(r, 1)}", "C8H10N4O2", f"ICD-10 F{_digits(r, 2)}.{_digits(r, 1)}", f"{r.randint(90, 180)}/{r.randint(50, 110)} mmHg", f"PZN {_digits(r, 8)}")),
+    "banking": lambda r: r.choice(("COBADEFFXXX", f"-{r.randint(1, 9999)},{_digits(r, 2)} EUR (Saldo)", f"USt-IdNr. DE{_digits(r, 9)}", f"CIK {_digits(r, 10)}", f"Rg.-Nr. {r.randint(2019, 2026)}-{_digits(r, 5)}")),
+    "measures": lambda r: r.choice((f"{r.randint(1, 99)} x {r.randint(1, 99)} x {r.randint(1, 99)} mm", f"{r.uniform(0, 1e6):.3f} kWh", f"1:{r.randint(10, 99)}.000", f"{r.randint(1000, 99999)}K @ 60fps", f"+{r.randint(1, 40)} °C", f"Ra 0.{_digits(r, 7)}")),
+    "logs": lambda r: r.choice((f"[{r.randint(1e9, 2e9):.0f}.{_digits(r, 6)}] eth0: link up", f"pid={_digits(r, 5)} rss={_digits(r, 9)}", f"0x{_letters(r, 16, HEX)}", f"{_digits(r, 8)}T{_digits(r, 6)}", f"id={_digits(r, 18)}", f"trace {_letters(r, 32, HEX)}", f"req-{_letters(r, 8, HEX)}")),
+    "tables": lambda r: r.choice((" | ".join(_digits(r, r.randint(1, 5)) for _ in range(6)), ",".join(str(r.randint(0, 9999)) for _ in range(8)), "\t".join(f"{r.random():.4f}" for _ in range(5)), " ".join(_digits(r, 4) for _ in range(r.randint(2, 6))))),
+}
+# fmt: on
+ORDERED = {
+    "en": "Order {v} has not come.",
+    "de": "Bestellung {v} ist nicht da.",
+    "fr": "La commande {v} n'est pas arrivée.",
+    "es": "El pedido {v} no ha llegado.",
+    "zh": "订单号{v}还没到。",
+}  # fmt: skip
 
 
-def negatives(seed: int, count: int = 6000) -> Iterator[Text]:
-    """Texts without personal data, of all subjects equally."""
-    random = Random(f"{seed} negatives")
+def negatives(seed: int, count: int = 6000, held_out: bool = False) -> Iterator[Text]:
+    """Texts without personal data, of all subjects equally; with `held_out` of those that rules are not tuned on."""
+    random = Random(f"{seed} negatives {held_out}")
+    subjects = NEGATIVES_HELD_OUT if held_out else NEGATIVES
     for number in range(count):
-        subject = list(NEGATIVES)[number % len(NEGATIVES)]
+        subject = list(subjects)[number % len(subjects)]
         language = random.choice(LANGUAGES)
         sentence = random.choice(SENTENCES[language])
         if subject == "order numbers":
             sentence = ORDERED[language]
-        yield Text(sentence.replace("{v}", NEGATIVES[subject](random)), form=subject)
+        yield Text(sentence.replace("{v}", subjects[subject](random)), form=subject, held_out=held_out)
 
 
 def hard_negatives(seed: int, count: int = 500) -> Iterator[Text]:

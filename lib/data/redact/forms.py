@@ -25,9 +25,9 @@ _LOCAL = (
     r'|"[^"\n]{1,62}"'
 )
 # Endings that stand behind an "@" in names of files and packages.
-_NO_DOMAIN = r"(?!(?:[\w-]{1,63}\.){0,3}(?:png|jpe?g|gif|svg|webp|css|js|ts|py)\b)"
+_NO_DOMAIN = r"(?!(?:[\w-]{1,63}\.){0,3}(?:png|jpe?g|gif|svg|webp|css|js|ts|py)(?![0-9A-Za-z]))"
 _DOMAIN = (
-    rf"(?:(?:{_WORD}|-){{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{2,59}}|{_LETTER}{{2,24}})(?![^\W{_DENSE}])"
+    rf"(?:(?:{_WORD}|-){{1,63}}\.){{1,8}}(?:xn--[0-9A-Za-z-]{{2,59}}|{_LETTER}{{2,24}})(?![^\W_{_DENSE}])"
     rf"|(?:[\w-]{{1,63}}\.){{1,8}}[{_DENSE}]{{2,8}}"
     r"|\[\d{1,3}(?:\.\d{1,3}){3}\]"
 )
@@ -35,7 +35,7 @@ _ENDINGS = (
     "com|org|net|edu|gov|info|biz|io|dev|app|de|at|ch|fr|be|es|mx|it|nl|pl|se|pt|eu|uk|ie|us|ca|au|nz|cn|hk|tw|jp|kr"
     "|in|br|ru|example|test"
 )
-_EMAIL = re.compile(rf"(?:{_LOCAL})\s?@\s?{_NO_DOMAIN}(?:{_DOMAIN})")
+_EMAIL = re.compile(rf"(?:{_LOCAL})(?:\s?@\s?|%40){_NO_DOMAIN}(?:{_DOMAIN})")
 # Where a sign is spelled out, it takes brackets or capitals to tell it from words of a sentence.
 _AT = r"\s{0,2}[\[({<]\s?(?i:at|@|ät|arroba|chez|arobase)\s?[\])}>]\s{0,2}|\s{1,2}@\s{1,2}|@|\s{1,2}AT\s{1,2}"
 _DOT = r"\s{0,2}[\[({<]\s?(?i:dot|punkt|point|punto|\.)\s?[\])}>]\s{0,2}|\s{1,2}(?:DOT|dot)\s{1,2}|\.| \. "
@@ -49,12 +49,12 @@ _CLEAR_AT = r"\s{0,2}[\[({<]\s?(?i:at|@|ät|arroba|chez|arobase)\s?[\])}>]\s{0,2
 _CLEAR_DOT = r"\s{0,2}[\[({<]\s?(?i:dot|punkt|point|punto|\.)\s?[\])}>]\s{0,2}|\s{1,2}DOT\s{1,2}"
 _CLEAR = re.compile(
     rf"(?<!{_WORD})[A-Za-z0-9_][A-Za-z0-9_.+%'-]{{0,63}}(?:(?:{_CLEAR_AT})(?:[A-Za-z0-9-]{{1,63}}(?:\.|{_CLEAR_DOT})){{1,6}}"
-    rf"|(?:@|\s{{1,2}}AT\s{{1,2}})(?:[A-Za-z0-9-]{{1,63}}(?:{_CLEAR_DOT})){{1,6}})[A-Za-z0-9-]{{2,63}}"
+    rf"|(?:@(?:[A-Za-z0-9-]{{1,63}}(?:{_CLEAR_DOT}| dot )){{1,6}}|\s{{1,2}}AT\s{{1,2}}(?:[A-Za-z0-9-]{{1,63}}(?:{_CLEAR_DOT})){{1,6}}))[A-Za-z0-9-]{{2,63}}"
 )
 _SPELLED_AT = re.compile(r"[@\[({<A](?:(?<=@)|T\b|\s?(?i:at|ät|arroba|chez|arobase)\s?[\])}>])")
 # Each letter on its own: a @ b . c
 _LETTERS = re.compile(
-    r"(?<![0-9A-Za-z_])[A-Za-z0-9](?: [A-Za-z0-9._+-]){1,40} @(?: [A-Za-z0-9.-]){3,60}(?![0-9A-Za-z])"
+    r"(?<![0-9A-Za-z_])[A-Za-z0-9](?: [A-Za-z0-9._+-]){1,40} @(?: [A-Za-z0-9.-]){3,60}(?!\w)"
 )
 
 
@@ -71,14 +71,14 @@ def emails(text: str) -> Iterator[Found]:
             yield match.start(), match.end(), _address(match.group())
         for match in _CLEAR.finditer(text):
             yield match.start(), match.end(), _address(match.group())
-    if "@" in text:
+    if "@" in text or "%40" in text:
         for match in _EMAIL.finditer(text):
             yield match.start(), match.end(), _address(match.group())
 
 
 def _address(said: str) -> str:
     """However the signs are written."""
-    said = re.sub(_AT, "@", said, count=1)
+    said = re.sub(rf"%40|{_AT}", "@", said, count=1)
     said = re.sub(r"\s*[\[({<]\s?(?:dot|punkt|point|punto|\.)\s?[\])}>]\s*|\s+dot\s+", ".", said, flags=re.I)
     return re.sub(r"\s", "", said).lower()
 
@@ -99,7 +99,7 @@ def urls(text: str) -> Iterator[Found]:
 _ISSUED = (
     r"whorl_[\w-]{43}"
     r"|sk-(?:proj-|ant-|or-|svcacct-)?[\w-]{20,}|gsk_\w{40,}|xai-\w{60,}|pplx-\w{40,}|r8_\w{30,}|hf_\w{30,}"  # models
-    r"|gh[opsur]_\w{36,}|github_pat_\w{50,}|gl(?:pat|rt|dt|ptt|agent|soat|cbt)-[\w-]{20,}|ATBB\w{28,}"  # code
+    r"|gh[opsur]_\w{36,}|github_pat_\w{50,}|gl(?:pat|rt|dt|ptt|agent|soat|cbt)-[\w-]{20,}|ATBB\w{28,}|ATATT3[\w=-]{60,}"  # code
     r"|npm_\w{36}|pypi-[\w-]{50,}|rubygems_[0-9a-f]{48}|dckr_(?:pat|oat)_[\w-]{24,}|oy2[a-z0-9]{43}"  # packages
     r"|(?:AKIA|ASIA|ABIA|ACCA|AROA|AIDA)[0-9A-Z]{16}|LTAI\w{12,24}|AKID\w{13,32}"  # clouds
     r"|AIza[\w-]{35}|ya29\.[\w-]{20,}|GOCSPX-[\w-]{28}|1//0[\w-]{38,}"
@@ -131,6 +131,10 @@ _ASSIGNED = re.compile(
     rf"(?i:{_NAMED})(?:[_-][A-Za-z0-9]{{1,16}}){{0,3}}['\"`]?\]?\s{{0,3}}"
     r"(?P<sign>:=|=>|==?|:|,(?=\s{0,2}['\"])|\bis:?|\blautet:?|\bist:?|\best:?|\bes:?|是)\s{0,3}"
     r"(?P<quote>['\"`])?(?P<value>[^\s'\"`<>,;&(){}\[\]，。；]{4,512}+)(?![(\[])",
+)
+# --password x, <password>x</password>
+_FLAGGED = re.compile(
+    rf"(?:--[a-z-]{{0,20}}?(?i:{_NAMED})\s{{1,2}}|<[A-Za-z:]{{0,20}}(?i:{_NAMED})>)(?P<value>[^\s'\"`<>]{{4,512}}+)"
 )
 _AWS_SECRET = re.compile(
     r"(?i:aws|secret)[^\n]{0,40}?(?<![A-Za-z0-9/+=])(?P<value>[A-Za-z0-9/+]{40})(?![A-Za-z0-9/+=])"
@@ -185,6 +189,9 @@ def keys(text: str) -> Iterator[Found]:
         value = match["value"].rstrip(".!?:")
         if _is_secret(value, match["sign"], bool(match["quote"])):
             yield match.start("value"), match.start("value") + len(value), value
+    for match in _FLAGGED.finditer(text):
+        if not _NO_VALUE.match(value := match["value"]):
+            yield match.start("value"), match.end("value"), value
     for match in _AWS_SECRET.finditer(text):
         value = match["value"]
         if all(re.search(kind, value) for kind in ("[0-9]", "[a-z]", "[A-Z]")):  # no commit, no path
@@ -219,7 +226,7 @@ _NUMBERED = re.compile(
 )
 _MAC = re.compile(
     r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z][.-])(?:[0-9A-Fa-f]{2}(?P<sign>[:-])(?:[0-9A-Fa-f]{2}(?P=sign)){4,9}[0-9A-Fa-f]{2}|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}"
-    r"|[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}\.[0-9A-Fa-f]{4}|[0-9A-Fa-f]{6}-[0-9A-Fa-f]{6}|[0-9A-Fa-f]{12})(?![0-9A-Za-z_:]|[.-][0-9A-Za-z])"
+    r"|[0-9A-Fa-f]{4}(?P<pair>[. ])[0-9A-Fa-f]{4}(?P=pair)[0-9A-Fa-f]{4}|[0-9A-Fa-f]{6}-[0-9A-Fa-f]{6}|[0-9A-Fa-f]{12})(?![0-9A-Za-z_:]|[.-][0-9A-Za-z])"
 )
 _MAC_NAMED = re.compile(r"(?:(?<![a-z])mac(?![a-z])|ethernet|hwaddr|ether|bssid|网卡)[^\n]{0,24}$", re.I)
 

@@ -18,20 +18,20 @@ from stdnum.exceptions import ValidationError
 from stdnum.us import ssn
 
 # What people, and forms that were filled in, put between digits.
-_SIGN = r"[ ().\-/,:|*_~#\\]"
+_SIGN = r"[ \t\n().\-/,:|*_~#\\]"
 _BEFORE = r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z_][-+])(?<![0-9][.,])"
 _RUN = re.compile(
-    rf"{_BEFORE}(?:\( ?)?(?:\+ ?)?(?:\( ?)?\d(?:{_SIGN}{{0,3}}\d){{6,}}(?:{_SIGN}{{0,3}}[Xx])?(?![0-9A-Za-z_])"
+    rf"{_BEFORE}(?:\( ?)?(?:\+ ?)?(?:\( ?)?\d(?:{_SIGN}{{0,4}}\d){{6,}}(?:{_SIGN}{{0,4}}[Xx])?(?![0-9A-Za-z_])"
 )
 # Begins with a set of characters, for which Python looks quickly.
-_MANY = re.compile(rf"\d(?:{_SIGN}{{0,3}}\d){{6}}")
+_MANY = re.compile(rf"\d(?:{_SIGN}{{0,4}}\d){{6}}")
 _SOME = re.compile(rf"\d(?:{_SIGN}{{0,3}}\d){{4}}")
 _GROUP = re.compile(r"\d+(?:[Xx])?|[Xx]")
 
 # Issuers' first digits and lengths (ISO/IEC 7812).
 _ISSUED = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720|220[0-4])\d{12}|3[47]\d{13}"
-    r"|3(?:0[0-5]|[689]\d)\d{11}(?:\d{2,5})?|35(?:2[89]|[3-8]\d)\d{12,15}|(?:5[0678]|6\d|81)\d{14,17}"
+    r"|3(?:0[0-5]|[689]\d)\d{11}(?:\d{2})?|35(?:2[89]|[3-8]\d)\d{12}(?:\d{3})?|62\d{14,17}|(?:5[0678]|6\d|81)\d{14}(?:\d{3})?"
 )
 # Lengths of a card's groups as it is printed.
 _CARD_GROUPS = {
@@ -48,7 +48,7 @@ _CARD_GROUPS = {
 _DATE = re.compile(
     r"(?<!\d)(?:(?:19|20)\d\d([-/. ])\d{1,2}\1\d{1,2}|\d{1,2}([-/. ])\d{1,2}\2(?:19|20)\d\d)(?!\d)"
 )
-_DECIMAL = re.compile(r"(?:0|[1-9]\d{0,2})\.\d+")
+_DECIMAL = re.compile(r"(?:0|[1-9]\d*)\.\d+|\d+\.\d{1,5}")
 _THOUSANDS = re.compile(r"[1-9]\d{0,2}(?:([., ])\d{3})(?:\1\d{3})+")
 _PHONE_NAMED = re.compile(
     r"(?:(?<![a-z])(?:tel|mobile|cell|fax|call|ring|dial|text me|sms)|phone|whatsapp|handy|telefon|mobil|rufnummer|erreichbar"
@@ -65,6 +65,8 @@ _SSN_NAMED = re.compile(r"(?:(?<![a-z])ssn(?![a-z])|social security|社会安全
 _PROVINCE = re.compile(r"1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3]")
 _CHINESE_MOBILE = {(11,), (3, 4, 4), (3, 8), (3, 3, 5), (4, 4, 3)}
 _AMERICAN = {(3, 3, 4), (1, 3, 3, 4), (3, 7), (1, 3, 7), (6, 4), (1, 10)}
+# Where no digit comes before the area's: in threes they would be thousands.
+_UNPREFIXED = {(3, 2, 2, 2), (2, 3, 2, 2), (2, 2, 2, 2, 1), (2, 3, 4), (2, 2, 2, 2)}
 # Digits from which on a number with a plus is a phone's even where the country's plan, as it was released, lacks it.
 _ABROAD = 10
 _PHONE_SIGNS = set(" ().-/")
@@ -87,8 +89,11 @@ class Run:
         """What stands before a group, without blanks where it is more than they; empty before the first."""
         if not 0 < group < len(self.groups):
             return ""
-        found = self.text[self.groups[group - 1][1] : self.groups[group][0]]
-        return found.strip() or " "
+        return self.text[self.groups[group - 1][1] : self.groups[group][0]].strip() or " "
+
+    def is_broken(self, first: int, last: int) -> bool:
+        """Whether a line ends between some groups."""
+        return "\n" in self.text[self.groups[first][0] : self.groups[last][0]]
 
     def digits(self, first: int, last: int) -> str:
         return "".join(self.text[start:end] for start, end in self.groups[first : last + 1]).upper()
@@ -233,6 +238,12 @@ def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...
     """The number in E.164, of groups that are a phone number."""
     opening = _opening(run, first) if first else run.start
     value = run.text[opening : run.groups[last][1]]
+    if run.is_broken(first, last):  # goes on in the next line, unless it is whole before
+        begun, _, _ = value.partition("\n")
+        if "+" not in begun or _valid(begun, None):
+            return None
+        value = value.replace("\n", " ")
+    value = value.replace("\t", " ")
     marks = set(value) - set("0123456789")
     if "+" in marks:
         if value.lstrip("( ").startswith("+") and marks <= _PHONE_SIGNS | set("+_~*|"):
@@ -254,7 +265,7 @@ def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...
     plain = re.sub(r"[_~*|]", " ", value)
     for region in regions:
         if named or _is_written_so(digits, run.shape(first, last), region):
-            found = _valid(plain, region)
+            found = _valid(plain, region, grouped and digits.startswith("00") and len(digits) > _ABROAD)
             if found:
                 return found
     return None
@@ -262,7 +273,12 @@ def _phone(run: Run, first: int, last: int, digits: str, regions: tuple[str, ...
 
 def _is_apart(run: Run, first: int, last: int) -> bool:
     """Whether groups hang together more than with what stands around them."""
-    around = {run.sign(group) for group in (first, last + 1)} - {"", ",", ":", "|"}
+    ends = [
+        group
+        for group in (first, last + 1)
+        if 0 < group < len(run.groups) and not run.is_broken(group - 1, group)
+    ]
+    around = {run.sign(group) for group in ends} - {",", ":", "|"}
     return not around or (around == {" "} and " " not in run.signs(first, last))
 
 
@@ -277,14 +293,19 @@ def _is_written_so(digits: str, lengths: tuple[int, ...], region: str) -> bool:
     if prefix == "1":  # North America leaves it out
         return lengths in _AMERICAN
     if prefix:
+        if not grouped:  # what is filled up with zeros begins with one, too
+            return digits.startswith(prefix) and len(digits) >= 10 and _is_mobile(digits, region)
         # Eight digits with a zero before them are a part's number more often.
-        least = 9 if grouped else 10
-        most = 15 if grouped or digits.startswith(("015", "016", "017")) else 11
-        return digits.startswith(prefix) and least <= len(digits) <= most
-    # Groups of three are thousands, too.
-    return grouped and set(lengths) != {3}
+        return digits.startswith(prefix) and len(digits) >= 9 and lengths[0] > 1
+    return lengths in _UNPREFIXED
 
 
+def _is_mobile(digits: str, region: str) -> bool:
+    kind = phonenumbers.number_type(phonenumbers.parse(digits, region))
+    return bool(kind == phonenumbers.PhoneNumberType.MOBILE)
+
+
+@functools.lru_cache(maxsize=4096)
 def _valid(value: str, region: str | None, possible: bool = False) -> str | None:
     """E.164 of a number that is given out, or with `possible` one whose length would do."""
     try:

@@ -31,7 +31,7 @@ def _plain(character: str) -> str:
     if (digit := unicodedata.decimal(character, None)) is not None:
         return str(digit)
     kind = unicodedata.category(character)
-    if kind == "Pd" or character == "−":
+    if kind == "Pd" or character in "−⁃":
         return "-"
     if kind == "Zs":
         return " "
