@@ -36,10 +36,11 @@ PSEUDONYM_DIGITS = 12
 # A text without any of these holds nothing that has a form. RE2, for Arrow, whose one look costs 4 µs a review; the
 # finders, which are Python's, have gates of their own.
 WORTH = (
-    r"[^\x00-\x7f]|\\u|@|://|::|&#|[0-9](?:[^A-Za-z0-9]{0,6}[0-9]){5}|(?:[0-9A-Fa-f]{1,4}[.:-]){3}"
+    r"[^\x00-\x7f]|\\u|@|://|::|&#|[0-9](?:[^A-Za-z0-9]{0,6}[0-9]){5}|(?:[0-9A-Fa-f]{1,4}[.:-]){2}[0-9A-Fa-f]{2}"
     r"|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}|\bAT\b|[\[({<] ?(?:[Aa][Tt]|arroba|chez|arobase) ?[\])}>]"
     r"|[A-Za-z/+-]{8}[0-9_]|[0-9_][0-9A-Za-z_/+-]{8}|PRIVATE KEY|(?i:bearer|authorization)"
-    r"|(?i:pass|pwd|secret|token|key|kennwort|contrase|credential)[^\n]{0,24}(?:[=:,]|is|ist|est|es)"
+    r"|(?i:pass|pwd|secret|token|key|kennwort|contrase|credential)[^\n]{0,24}(?:[=:,>]|is|ist|est|es)"
+    r"|--[a-z-]{0,20}(?i:pass|pwd|secret|token|key)|[0-9] ?[\[({](?:\.|dot)|(?i:\bmac\b|ethernet|hwaddr|bssid)"
 )
 _PLACEHOLDER = re.compile(rf"<(?:{'|'.join([*KINDS, *NAMES])})_[0-9a-f]{{1,16}}>")
 # Stands where something was found already: no part of a word or a number.

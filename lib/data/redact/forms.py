@@ -228,7 +228,8 @@ _MAC = re.compile(
     r"(?<![0-9A-Za-z_])(?<![0-9A-Za-z][.-])(?:[0-9A-Fa-f]{2}(?P<sign>[:-])(?:[0-9A-Fa-f]{2}(?P=sign)){4,9}[0-9A-Fa-f]{2}|[0-9A-Fa-f]{2}(?: [0-9A-Fa-f]{2}){5}"
     r"|[0-9A-Fa-f]{4}(?P<pair>[. ])[0-9A-Fa-f]{4}(?P=pair)[0-9A-Fa-f]{4}|[0-9A-Fa-f]{6}-[0-9A-Fa-f]{6}|[0-9A-Fa-f]{12})(?![0-9A-Za-z_:]|[.-][0-9A-Za-z])"
 )
-_MAC_NAMED = re.compile(r"(?:(?<![a-z])mac(?![a-z])|ethernet|hwaddr|ether|bssid|网卡)[^\n]{0,24}$", re.I)
+_MAC_GATE = re.compile(r"[Mm][Aa][Cc]|[Ee]thernet|(?i:hwaddr|bssid)|网卡")
+_MAC_NAMED = re.compile(r"(?:(?<![a-z])mac(?![a-z])|ethernet|hwaddr|bssid|网卡)[^\n]{0,24}$", re.I)
 
 
 def machines(text: str) -> Iterator[Found]:
@@ -257,7 +258,7 @@ def _ipv6(value: str) -> str | None:
 
 def cards_of_networks(text: str) -> Iterator[Found]:
     """MAC addresses."""
-    if not _SIX.search(text) and "mac" not in (small := text.lower()) and "ether" not in small:
+    if not _SIX.search(text) and not _MAC_GATE.search(text):
         return
     for match in _MAC.finditer(text):
         value = re.sub(r"[^0-9A-Fa-f]", "", match.group()).lower()

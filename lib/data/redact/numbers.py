@@ -28,6 +28,8 @@ _MANY = re.compile(rf"\d(?:{_SIGN}{{0,4}}\d){{6}}")
 _SOME = re.compile(rf"\d(?:{_SIGN}{{0,3}}\d){{4}}")
 _GROUP = re.compile(r"\d+(?:[Xx])?|[Xx]")
 
+# Digits of the longest card, and as many groups.
+_MOST = 19
 # Issuers' first digits and lengths (ISO/IEC 7812).
 _ISSUED = re.compile(
     r"4(?:\d{12}|\d{15}|\d{18})|(?:5[1-5]\d\d|222[1-9]|22[3-9]\d|2[3-6]\d\d|27[01]\d|2720|220[0-4])\d{12}|3[47]\d{13}"
@@ -131,8 +133,15 @@ def _in_run(
     run: Run, kinds: Collection[str], regions: tuple[str, ...]
 ) -> Iterator[tuple[int, int, str, str]]:
     first, count = 0, len(run.groups)
+    sizes = [end - start for start, end in run.groups]
     while first < count:
-        for last in range(min(count, first + 19) - 1, first - 1, -1):
+        # Digits that stand alone are looked at from the first of them.
+        if first and sizes[first] == sizes[first - 1] == 1:
+            first += 1
+            continue
+        for last in range(min(count, first + _MOST) - 1, first - 1, -1):
+            if sum(sizes[first : last + 1]) > _MOST:
+                continue
             found = _kind(run, first, last, kinds, regions)
             if found is not None:
                 start = run.start if first == 0 else _opening(run, first)
@@ -158,7 +167,7 @@ def _kind(
     if size < 7:
         return None
     digits = run.digits(first, last)
-    if not 7 <= len(digits) <= 19:
+    if len(digits) < 7:
         return None
     whole = first == 0 and last == len(run.groups) - 1
     if "X" in digits and not (len(digits) == 18 and digits.index("X") == 17):
@@ -200,7 +209,7 @@ def _is_card(run: Run, first: int, last: int, digits: str, whole: bool) -> bool:
     even = whole and len(set(lengths[:-1])) == 1 and signs <= {" ", "-", "."}
     if not (one or even or lengths in _CARD_GROUPS):
         return False
-    if len(signs) > 1 and set(lengths) != {1}:
+    if len(signs) > 1 and set(lengths) != {1} and not signs <= {" ", "-", "."}:
         return False
     if not whole and not _stands_alone(run, first, last):
         return False
