@@ -410,6 +410,11 @@ def test_a_form_is_surer_than_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Redaction(NAMED).text("<PERSON_1> ada@example.com") == "<PERSON_1> <EMAIL_1>"
 
 
+def test_what_a_model_finds_beside_a_form_is_hidden_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, ("Ada ada@example.com, Bob", "PER", 0.9))
+    assert Redaction(NAMED).text("by Ada ada@example.com, Bob.") == "by <PERSON_1> <EMAIL_1>, <PERSON_2>."
+
+
 def test_a_model_is_asked_once_for_all_texts_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = says(monkeypatch, ("Ada", "PER", 0.9))
     rows = table(

@@ -204,13 +204,19 @@ def _longest_first(span: Span) -> tuple[int, int]:
 
 
 def _named(text: str, entities: Iterable[Entity], found: list[Span]) -> Iterator[Span]:
-    """Those of a model's entities that nothing else was found in, nor an earlier pass."""
+    """A model's entities, as far as nothing else was found in them, nor by an earlier pass."""
     if not entities:
         return
     taken = sorted([span[:2] for span in found] + [match.span() for match in _PLACEHOLDER.finditer(text)])
     for start, end, kind in entities:
-        if all(end <= first or start >= last for first, last in taken):
-            yield start, end, kind, _same_name(text[start:end])
+        for first, last in [*taken, (end, end)]:
+            if last <= start or start >= end:
+                continue
+            letters = [place for place in range(start, min(first, end)) if text[place].isalnum()]
+            if letters:
+                place, stop = letters[0], letters[-1] + 1
+                yield place, stop, kind, _same_name(text[place:stop])
+            start = max(start, last)
 
 
 @functools.lru_cache(maxsize=1024)
