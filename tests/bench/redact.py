@@ -5,7 +5,8 @@
 The labelled set is `tests/data/personal.py`'s: rules were tuned on its seed 1, and what is measured is another one. A
 value counts as found when no letter or digit of it is left readable, whatever type it was taken for. Precision is the
 share of what a type replaced that has a value in it, over all texts, those without personal data included. `held out`
-are forms and subjects that rules were made without.
+are forms and subjects that were put together after the rules; what a first look at them showed has been mended since.
+`two forms` hides what is written in any form in a second way at once, and nothing was tuned on it.
 
 Presidio's pattern recognisers are asked directly, as they are, without the language model that its analyzer loads for
 context words: with the countries' phone numbers that ours look for, and no threshold but its own of 0.4. It is no part
@@ -137,9 +138,10 @@ def main() -> None:
             *positives(given.seed, given.count, held_out=True),
             *negatives(given.seed, plain, held_out=True),
         ],
+        "two forms: ": [*positives(given.seed, given.count, twice=True)],
     }
     hard = list(hard_negatives(given.seed, given.count))
-    everything = [*sets[""], *sets["held out: "], *hard]
+    everything = [text for texts in (*sets.values(), hard) for text in texts]
     found, seconds = ours(everything)
     rival = theirs(everything, given.presidio)
     report, place = Report("redact"), 0
@@ -157,6 +159,22 @@ def main() -> None:
                  other and kind in THEIRS and other.precision(THEIRS[kind]))  # fmt: skip
             both = precision + tally.recall(kind)
             _row(report, f"{name}{kind} F1", 2 * precision * tally.recall(kind) / both if both else 0.0)
+        if not name:
+            plainly = [i for i, text in enumerate(texts) if text.form == "plain"]
+            tally, other = (
+                spans and tallied([texts[i] for i in plainly], [spans[i] for i in plainly])
+                for spans in (found[part], rival and rival[0][part])
+            )
+            for kind in THEIRS:
+                _row(
+                    report,
+                    f"{kind}, written plainly: recall",
+                    tally.recall(kind),
+                    None,
+                    other and other.recall(kind),
+                )
+        if texts[-1].values:
+            continue
         without = slice(part.stop - plain, part.stop)
         _row(report, f"{name}{plain:,} texts without: untouched", untouched(found[without]), 0.995 if not name else None,
              rival and untouched(rival[0][without]))  # fmt: skip
