@@ -7,9 +7,11 @@ import re
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretBytes, ValidationError
@@ -265,6 +267,13 @@ def test_mistakes_in_the_section_are_told(section: dict[str, object], message: s
         or message in str(raised.value)
         or "kind" in message
     )
+
+
+def test_the_page_that_explains_it_has_a_section_that_is_valid() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", Path("lib/data/README.md").read_text(), re.S)
+    section = yaml.safe_load(block)["data"]
+    assert DataSettings.model_validate({"source": "x", **section}).redact
+    assert section["redact"].keys() == RedactionSettings.model_fields.keys()
 
 
 def test_it_is_on_unless_it_is_switched_off() -> None:

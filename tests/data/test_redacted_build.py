@@ -142,6 +142,30 @@ def test_sentences_of_words_keep_their_tags(tiny_base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster", "storage")
+def test_texts_of_items_are_redacted_and_ids_are_not(tiny_base: Path, tmp_path: Path) -> None:
+    items = ["id,title", *(f"i{i},{WORDS[i]} from seller{i}@example.com" for i in range(8))]
+    (tmp_path / "items.csv").write_text("\n".join(items))
+    done = [
+        f"u{u}@example.com,i{(u + s) % 8},{1_700_000_000 + u * 100 + s}" for u in range(20) for s in range(5)
+    ]
+    (tmp_path / "done.csv").write_text("\n".join(["user,item,time", *done]))
+    section = {
+        "source": str(tmp_path / "done.csv"),
+        "items": {"source": str(tmp_path / "items.csv"), "id": "id", "text": ["title"]},
+    }
+    values = {"name": "shop", "task": "recommend", "data": section, "model": {"base": str(tiny_base)}}
+    planned = plan(Settings.model_validate(values))
+    manifest = build(planned)
+    assert manifest["redacted"] == {"EMAIL": 8, "rows": 8}
+    folder = Path(planned.ref.uri.removeprefix("file://"))
+    catalogue = pa.concat_tables(pq.read_table(path) for path in (folder / "items").glob("*.parquet"))
+    assert all(text.endswith("from <EMAIL_1>") for text in catalogue["text"].to_pylist())
+    users = pq.read_table(folder / "train")["user"].to_pylist()
+    assert all(user.endswith("@example.com") for user in users)
+
+
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster", "storage")
 def test_names_by_a_model_directory(tiny_base: Path, source: Path, tmp_path: Path) -> None:

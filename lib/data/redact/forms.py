@@ -130,7 +130,7 @@ _NAMED = (
 _ASSIGNED = re.compile(
     rf"(?i:{_NAMED})(?:[_-][A-Za-z0-9]{{1,16}}){{0,3}}['\"`]?\]?\s{{0,3}}"
     r"(?P<sign>:=|=>|==?|:|,(?=\s{0,2}['\"])|\bis:?|\blautet:?|\bist:?|\best:?|\bes:?|是)\s{0,3}"
-    r"(?P<quote>['\"`])?(?P<value>[^\s'\"`<>,;&(){}\[\]，。；]{4,512}+)(?![(\[])",
+    rf"(?P<quote>['\"`])?(?P<value>[^\s'\"`<>,;&(){{}}\[\]，。；{_DENSE}]{{4,512}}+)(?![(\[])",
 )
 # --password x, <password>x</password>
 _FLAGGED = re.compile(
