@@ -8,7 +8,7 @@ CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/mov
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 .DEFAULT_GOAL := help
-.PHONY: help setup demo stop status ui test test-long test-fast check format k8s lock clean
+.PHONY: help setup demo stop status ui test test-long test-fast check format k8s rehearse lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-zA-Z0-9_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -58,8 +58,11 @@ format: setup  ## put the code into its one form
 k8s: setup  ## write what k8s/ has from other files: environment, applications, alert rules
 	$(BIN)/python -m cluster.kubernetes
 
-bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
+bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -redact, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
 	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))
+
+rehearse: setup  ## what Kubernetes would do with k8s/, on this machine as root: pods killed under requests; prints a report
+	$(BIN)/python -m tests.rehearsal.rehearse
 
 lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .whorl/lock && $(PYTHON) -m venv .whorl/lock

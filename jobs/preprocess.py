@@ -49,6 +49,9 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
+    if redacted := dict(manifest.get("redacted", {})):
+        rows = redacted.pop("rows", 0)
+        print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
     if "knowledge" in manifest:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")

@@ -27,6 +27,8 @@ _DELETED = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f"
     "\ufeff\ufff9-\ufffc]"
 )
+# Not what redaction put there: <EMAIL_1>.
+_MARKUP = re.compile(r"<(?![A-Z]{2,8}_[0-9a-f]{1,16}>)")
 _TERMINAL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 
 
@@ -68,7 +70,7 @@ def _apply(change: Callable[[str], str], texts: pa.Array, pattern: str) -> pa.Ar
 
 
 def _mend(text: str) -> str:
-    if "&" in text and "<" not in text:  # with tags, it is markup, and `&lt;` must stay
+    if "&" in text and not _MARKUP.search(text):  # with tags, it is markup, and `&lt;` must stay
         # Scraped text is often escaped more than once (&amp;#39;); each round makes it shorter.
         while (plain := ftfy.fixes.unescape_html(text)) != text:
             text = plain

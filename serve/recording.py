@@ -9,6 +9,7 @@ is kept has no personal data in it (lib/data/redact.py); `serving.events.content
 import asyncio
 import json
 import time
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -17,10 +18,11 @@ from ray import serve as ray_serve
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lib import events
-from lib.data.redact import Redaction
+from lib.data.redact import Redaction, Rules
 from lib.events import Event, Feedback, Recorder
 from lib.settings import EventSettings
 
+REDACT = "serving.events.redact"
 NOT_RECORDED = ("/v1/feedback", "/v1/models")
 Words = Annotated[str, Field(min_length=1, max_length=20_000)]
 
@@ -75,7 +77,7 @@ class Recording:
         self, app: ASGIApp, application: str, settings: EventSettings, recorder: Recorder | None = None
     ) -> None:
         self._app, self._application, self._settings = app, application, settings
-        self._recorder = recorder or Recorder(clean)
+        self._recorder = recorder or Recorder(partial(clean, Rules.of(settings.redact, REDACT)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or not self._is_recorded(scope):
@@ -147,9 +149,9 @@ class Gathered:
         return b"".join(self._parts) if self._left >= 0 else None
 
 
-def clean(values: list[Any]) -> Any:
+def clean(rules: Rules, values: list[Any]) -> Any:
     """Request and answer as JSON values without personal data; the same value has the same placeholder in both."""
-    return Redaction().value([decoded(value) for value in values])
+    return Redaction(rules).value([decoded(value) for value in values])
 
 
 def decoded(body: bytes | None) -> Any:
@@ -188,11 +190,12 @@ def record(app: FastAPI, settings: EventSettings) -> None:
         return
 
     application = ray_serve.get_replica_context().app_name
+    rules = Rules.of(settings.redact, REDACT)
 
     @app.post("/v1/feedback", tags=["feedback"], summary="Say what an answer was worth")
     async def feedback(request: Request, body: FeedbackRequest) -> FeedbackResponse:
         key = getattr(request.state, "key", None)
-        words = Redaction().value(body.model_dump(include={"correction", "preferred", "comment"}))
+        words = Redaction(rules).value(body.model_dump(include={"correction", "preferred", "comment"}))
         said = Feedback(
             body.request_id,
             rating=body.rating,

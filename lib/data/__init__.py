@@ -2,6 +2,7 @@
 
 plan      which files, which columns, which fingerprint: looked at before Ray starts
 build     the dataset, published whole; the two passes and the shuffle between them are in `passes`
+redact    personal data out of the rows' texts, before anything else sees them
 sources, readers, blocks      URIs → files → rows → blocks of rows
 label, dedup, split           what happens to the rows of a block; none of them knows Ray
 shards                        rows → tokens → Parquet

@@ -6,8 +6,9 @@ Item texts are normalised and tokenised by the tasks that read them, and go from
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ import ray.data
 from lib import storage
 from lib.data import blocks, passes
 from lib.data.blocks import Reading
+from lib.data.redact import Rules
 from lib.data.shards import shard_name
 from lib.encoders import base_tokenizer, lists
 from lib.errors import DataError
@@ -79,10 +81,11 @@ def prepare_block(row: pa.Table, names: list[str], table: TableSettings) -> pa.T
     positions = block.rows[blocks.POSITION].to_numpy()
     wrong = malformed and [int(positions[malformed[0]]), malformed[1]]
     columns = {name: blocks.flat(found[name]) for name in found.column_names}
+    redacted = blocks.flat(row["redacted"]) if "redacted" in row.column_names else pa.array(["{}"])
     scalars: dict[str, Any] = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
         columns | {blocks.POSITION: pa.array(positions)},
-        {**scalars, "malformed": pa.array([json.dumps(wrong)])},
+        {**scalars, "malformed": pa.array([json.dumps(wrong)]), "redacted": redacted},
     )
 
 
@@ -96,13 +99,17 @@ class Table:
     """Of packed blocks."""
     blocks: list[tuple[int, int, int]]
     """Fragment, number and rows of each block, in the order of the source."""
+    redacted: Counter[str] = field(default_factory=Counter)
+    """Of the texts: kind → values, each once a row, and `rows` that have any."""
 
 
-def read(reading: Reading, table: TableSettings) -> Table:
-    """Read a table on the connected cluster. Raises DataError for the first row that cannot be read, and for an id that
+def read(reading: Reading, table: TableSettings, rules: Rules | None = None) -> Table:
+    """Read a table on the connected cluster; its texts, but not its ids and categories, without what `rules` find. Raises DataError for the first row that cannot be read, and for an id that
     is there twice."""
+    texts = frozenset(name for name in reading.columns if name.startswith("text."))
+    packed = passes.packed_blocks(reading, "table")
     prepared = (
-        passes.packed_blocks(reading, "table")
+        passes.without_personal_data(packed, list(reading.columns), texts, rules)
         .map_batches(
             prepare_block,
             fn_kwargs={"names": list(reading.columns), "table": table},
@@ -113,7 +120,7 @@ def read(reading: Reading, table: TableSettings) -> Table:
         .materialize()
     )
     found = []
-    names = ["fragment", "number", "problem", "malformed", "id", blocks.POSITION]
+    names = ["fragment", "number", "problem", "malformed", "redacted", "id", blocks.POSITION]
     for batch in prepared.select_columns(names).iter_batches(batch_size=None, batch_format="pyarrow"):
         found += [batch.slice(row, 1) for row in range(batch.num_rows)]
     found.sort(key=lambda row: (row["fragment"][0].as_py(), row["number"][0].as_py()))
@@ -135,7 +142,10 @@ def read(reading: Reading, table: TableSettings) -> Table:
             f"{place} has the {table.id} {ids[row].as_py()!r} of a row before it; give each one row"
         )
     counts = [(row["fragment"][0].as_py(), row["number"][0].as_py(), len(row["id"][0])) for row in found]
-    return Table(ids, prepared, counts)
+    redacted: Counter[str] = Counter()
+    for row in found:
+        redacted.update(json.loads(row["redacted"][0].as_py()))
+    return Table(ids, prepared, counts, redacted)
 
 
 def write_items(

@@ -10,6 +10,7 @@ and there is no test split: each part is evaluated alone, on its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -91,6 +92,9 @@ def mix(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
                 reason: sum(one["dropped"][reason] for one in manifests.values())
                 for reason in next(iter(manifests.values()))["dropped"]
             },
+            "redacted": dict(
+                sum((Counter(one.get("redacted", {})) for one in manifests.values()), Counter())
+            ),
             "splits": splits,
             "settings": {"temperature": settings.data.temperature, "seed": settings.data.split.seed},
             "versions": tracking.versions(),

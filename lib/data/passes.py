@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,8 @@ import ray.data
 from lib.artifacts import SPLITS, IndexRef
 from lib.data import blocks, dedup, grounding
 from lib.data.blocks import Block, Reading
+from lib.data.redact import Rules
+from lib.data.redact.columns import redact
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
 from lib.labels import MISSING, Unknown
@@ -66,19 +68,51 @@ class Written:
     duplicate: int = 0
     conflicting: int = 0
     undersampled: int = 0
+    redacted: Counter[str] = field(default_factory=Counter)
+    """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
     """Position of the first row that could not be encoded, and why."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
-def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Dataset]:
-    """First pass: count what is there and hash every usable text.
+def source(reading: Reading, texts: frozenset[str], rules: Rules | None, name: str) -> ray.data.Dataset:
+    """The packed blocks that a pass begins with: personal data leaves the columns `texts` before anything else sees them.
+
+    So texts are hashed without it, too: an id tells nothing about an address that was in its text, and texts that
+    differ in nothing else are duplicates, of which no second one falls into another split.
+    """
+    return without_personal_data(packed_blocks(reading, name), list(reading.columns), texts, rules)
+
+
+def without_personal_data(
+    packed: ray.data.Dataset, columns: list[str], texts: frozenset[str], rules: Rules | None
+) -> ray.data.Dataset:
+    """Packed blocks with what was found in `redacted`, counts as JSON; as they are where there are no rules."""
+    if rules is None or not texts:
+        return packed
+    return packed.map_batches(
+        redact_block,
+        fn_kwargs={"columns": columns, "texts": texts, "rules": rules},
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
+    )
+
+
+def redact_block(row: pa.Table, columns: list[str], texts: frozenset[str], rules: Rules) -> pa.Table:
+    """Runs in a task: one block without personal data."""
+    block = blocks.from_row(row, columns)
+    rows, counts = redact(block.rows, texts, rules)
+    return blocks.to_row(replace(block, rows=rows)).append_column("redacted", pa.array([json.dumps(counts)]))
+
+
+def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
+    """First pass, over packed blocks: count what is there and hash every usable text.
 
     The hashes are a dataset of packed HASH_COLUMNS that lies in the object store while it is referred to.
     """
     hashes = (
-        packed_blocks(reading, "scan")
-        .map_batches(
+        packed.map_batches(
             scan_block,
             fn_kwargs={
                 "columns": list(reading.columns),
@@ -89,8 +123,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
         )
-        .materialize()
-    )
+    ).materialize()
     found = rows_of(hashes.select_columns(["fragment", "number", "problem", "counts"]))
     scanned = Scanned()
     for row in sorted(found, key=lambda r: (r["fragment"], r["number"])):
@@ -121,19 +154,20 @@ def find_duplicates(reading: Reading, hashes: ray.data.Dataset) -> ray.data.Data
 def write(
     reading: Reading,
     settings: Settings,
+    packed: ray.data.Dataset,
     scanned: Scanned,
     dropped: ray.data.Dataset | None,
     uri: str,
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
 ) -> Written:
-    """Second pass: read again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
+    """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
     passages that `knowledge` has for them.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
     first_shards = np.cumsum([0] + [scanned.blocks[i] for i in range(len(reading.fragments()))]).tolist()
-    counts = packed_blocks(reading, "write").map_batches(
+    counts = packed.map_batches(
         write_block,
         fn_kwargs={
             "reading": reading,
@@ -159,6 +193,7 @@ def write(
         written.duplicate += block["duplicate"]
         written.conflicting += block["conflicting"]
         written.undersampled += block["undersampled"]
+        written.redacted.update(block["redacted"])
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
         if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
@@ -327,6 +362,7 @@ def write_block(
         "duplicate": int((gone & ~conflict).sum()),
         "conflicting": int(conflict.sum()),
         "undersampled": int(spare.sum()),
+        "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})

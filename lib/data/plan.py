@@ -15,6 +15,7 @@ from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
 from lib.data import blocks, grounding, sources
 from lib.data.readers import column_names
+from lib.data.redact import Rules
 from lib.retrieval.index import current
 from lib.settings import Settings, TableSettings
 from lib.tasks import load_task
@@ -48,6 +49,14 @@ class Plan:
     """chat: the version of an index whose passages the dialogues get."""
     tables: dict[str, blocks.Reading] = field(default_factory=dict)
     """recommend: `items` and, where they are known, `users`."""
+    rules: Rules | None = None
+    """By which personal data is taken out; None: it stays."""
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """Of the columns that are read: those that may hold personal data."""
+        known = load_task(self.settings.task).TEXTS | set(self.settings.data.slices)
+        return frozenset(known.intersection(self.reading.columns))
 
     @property
     def all_files(self) -> list[sources.SourceFile]:
@@ -105,6 +114,7 @@ def plan(settings: Settings) -> Plan:
     if data.grounded and settings.serving.knowledge is not None:
         # The tasks that read it may have another storage in their environment.
         knowledge = replace(current(settings.serving.knowledge.index), root=storage.root())
+    rules = Rules.of(data.redact) if data.redact else None
     # What the loss does with a head changes no row.
     heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     identity = {
@@ -121,13 +131,14 @@ def plan(settings: Settings) -> Plan:
             mode="json", exclude=SOURCES | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
         )
         | ({"heads": heads} if heads else {})
+        | ({"redaction": rules.identity()} if rules else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     lists = task.LISTS.intersection(columns)
     reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
-    return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables)
+    return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
 
 
 def _table(name: str, table: TableSettings) -> blocks.Reading:

@@ -44,7 +44,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         say(f"reading {plan.reading.files[0].name}")
         found = behaviour.read(plan.reading, data)
         say(f"{found.rows:,} rows, {len(found.interactions):,} interactions; reading the catalogue")
-        table = catalogue.read(plan.tables["items"], data.items)
+        table = catalogue.read(plan.tables["items"], data.items, plan.rules)
         users = catalogue.read(plan.tables["users"], data.users) if data.users else None
         kept = _kept(found, table.ids, plan)
         sequences = divide(
@@ -72,7 +72,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             )
             for split in SPLITS
         }
-        manifest = _manifest(plan, found, kept, known, shards, counts)
+        manifest = _manifest(plan, found, kept, known, shards, counts, table.redacted)
         storage.write_json(storage.join(uri, "manifest.json"), manifest)
     return manifest
 
@@ -200,6 +200,7 @@ def _manifest(
     known: Known,
     shards: list[dict[str, Any]],
     counts: dict[str, SplitCount],
+    redacted: Counter[str],
 ) -> dict[str, Any]:
     data = plan.settings.data
     return {
@@ -214,6 +215,7 @@ def _manifest(
             "shards": [one["shard"] for one in shards],
         },
         "events": events(data.interactions),
+        **({"redacted": dict(sorted(redacted.items()))} if plan.rules else {}),
         "users_known": {"categories": known.categories, "numbers": vars(known.scale)},
         "splits": {name: {**asdict(count), "labels": {}} for name, count in counts.items()},
         "sources": [

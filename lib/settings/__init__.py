@@ -26,6 +26,7 @@ from lib.settings.recommend import (
     TableSettings,
     UserSettings,
 )
+from lib.settings.redaction import NameSettings, RedactionSettings
 from lib.settings.scoring import ScoreSettings
 from lib.settings.serving import (
     AccessSettings,
@@ -70,6 +71,7 @@ __all__ = [
     "LogSettings",
     "ModelSettings",
     "MonitoringSettings",
+    "NameSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -78,6 +80,7 @@ __all__ = [
     "PreferenceSettings",
     "PromotionSettings",
     "RecommenderSettings",
+    "RedactionSettings",
     "ScoreSettings",
     "SearchSettings",
     "ServingSettings",

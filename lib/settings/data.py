@@ -13,6 +13,7 @@ from pydantic import (
 
 from lib.errors import nearest
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
+from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Name, Positive, Section, Share
 
 # Columns of a dataset that the tasks fill; a slice may not take their place.
@@ -170,6 +171,8 @@ class DataSettings(Labelled):
     grounded: bool = False
     """chat: give each dialogue the passages that `serving.knowledge` finds for its last question, so that the model is
     trained on what it will see."""
+    redact: Annotated[RedactionSettings | None, BeforeValidator(switched)] = RedactionSettings()
+    """Personal data is replaced before anything is hashed, split or written; false keeps it."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     slices: dict[str, str] = {}

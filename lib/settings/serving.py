@@ -14,6 +14,7 @@ from pydantic import (
 
 from lib.settings.knowledge import GroundingSettings, named
 from lib.settings.recommend import OfferSettings
+from lib.settings.redaction import RedactionSettings
 from lib.settings.sections import Name, Positive, Section, Share
 
 
@@ -80,6 +81,8 @@ class EventSettings(Section):
     """Keep an event of each answer, and take feedback on it."""
     content: bool = True
     """Keep the words too, without personal data; false keeps model, time, tokens and the like alone."""
+    redact: RedactionSettings = RedactionSettings()
+    """How personal data is taken out of the words; the section is that of `data.redact`."""
     max_bytes: Positive = 262_144
     """A request or an answer that is longer is kept without its words."""
     feedback_waits_s: Annotated[float, Field(ge=0)] = 2

@@ -94,6 +94,8 @@ class Task(Protocol):
     """The validation metric that decides where `training.metric` names none."""
     LISTS: frozenset[str]
     """Columns of the source, by their names here, that hold lists or objects; they arrive as JSON."""
+    TEXTS: frozenset[str]
+    """Columns of the source, by their names here, that hold what people wrote: personal data is taken out of them."""
     BASELINE: Literal["tfidf", "lookup"]
     """What the task is compared with beside the most frequent class (`lib.evaluation.baselines`)."""
 

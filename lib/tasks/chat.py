@@ -45,6 +45,7 @@ PACKS = True
 JUDGED: Literal["classes", "answers"] = "answers"
 METRIC = "loss"
 LISTS = frozenset({"messages", "conversations"})
+TEXTS = frozenset({name for names in dialogues.FORMS.values() for name in names})
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SHOWN_CHARS = 160
 # What a client gets that does not say how much it wants.

@@ -52,6 +52,7 @@ JUDGED: Literal["classes", "answers"] = "answers"
 REFERENCE = True
 """Training reads the columns that `lib.training.reference` adds."""
 LISTS = frozenset({"prompt", "chosen", "rejected"})
+TEXTS = frozenset({"prompt", "chosen", "rejected"})
 SIDES = ("chosen", "rejected")
 # A dialogue's tokens as a column, of each side; the chosen one has the names that chat evaluation reads.
 FEATURES = {"chosen": ("input_ids", "labels"), "rejected": ("rejected_input_ids", "rejected_labels")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 
+from lib.data.redact import Rules
+from lib.errors import ConfigError
 from lib.events import Event
 from lib.keys import Key
 from lib.settings import EventSettings
@@ -75,9 +78,22 @@ def test_an_answer_is_an_event() -> None:
     assert (event.id, event.application, event.model) == ("r0", "reviews", "reviews@3")
     assert (event.route, event.status, event.tokens, event.key) == ("/v1/echo", 200, 5, "id")
     assert event.milliseconds > 0
-    asked, said = clean([event.request, event.answer])
+    asked, said = clean(Rules(), [event.request, event.answer])
     assert asked == {"inputs": ["I am <EMAIL_1>"]}
     assert said == {"said": asked}
+
+
+def test_its_settings_are_those_of_data_redact(monkeypatch: pytest.MonkeyPatch) -> None:
+    section = {"kinds": ["PHONE"], "key_env": "A_KEY"}
+    settings = EventSettings.model_validate({"redact": section})
+    monkeypatch.delenv("A_KEY", raising=False)
+    with pytest.raises(ConfigError, match=r"^serving\.events\.redact\.key_env: the environment has no A_KEY"):
+        Recording(application(), "reviews", settings)
+    monkeypatch.setenv("A_KEY", "a key of sixteen bytes or more")
+    rules = Rules.of(settings.redact, "serving.events.redact")
+    asked, said = clean(rules, [b'{"a": "ada@example.com, +44 20 7946 0958"}', b'["020 7946 0958"]'])
+    assert re.fullmatch(r"ada@example\.com, <PHONE_[0-9a-f]{12}>", asked["a"])
+    assert asked["a"].endswith(said[0])
 
 
 def test_a_stream_is_kept_as_what_it_comes_to() -> None:
@@ -94,7 +110,7 @@ def test_errors_and_what_is_no_answer_are_no_events() -> None:
 def test_words_that_are_not_kept(settings: dict[str, Any]) -> None:
     (event,) = ask(("POST", "/v1/echo", {"inputs": ["a" * 30]}), **settings)
     assert (event.request, event.answer) == (None, None)
-    assert clean([event.request, event.answer]) == [None, None]
+    assert clean(Rules(), [event.request, event.answer]) == [None, None]
 
 
 def test_bodies_that_are_no_json_are_nothing() -> None:
