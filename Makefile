@@ -55,7 +55,7 @@ format: setup  ## put the code into its one form
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
+bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -dedup, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
 	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))
 
 lock: setup  ## resolve pyproject.toml anew into requirements.lock

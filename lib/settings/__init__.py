@@ -6,6 +6,13 @@ wrong types and impossible values end in one line that names the key (ConfigErro
 nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 """
 
+from lib.settings.cleaning import (
+    Bounds,
+    CleanSettings,
+    LengthSettings,
+    NearSettings,
+    RepetitionSettings,
+)
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
 from lib.settings.evaluation import (
     REFUSALS,
@@ -53,8 +60,10 @@ __all__ = [
     "AdapterSettings",
     "AnswerSettings",
     "Behaviour",
+    "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
@@ -67,9 +76,11 @@ __all__ = [
     "JudgeSettings",
     "KnowledgeSettings",
     "Labelled",
+    "LengthSettings",
     "LogSettings",
     "ModelSettings",
     "MonitoringSettings",
+    "NearSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -78,6 +89,7 @@ __all__ = [
     "PreferenceSettings",
     "PromotionSettings",
     "RecommenderSettings",
+    "RepetitionSettings",
     "ScoreSettings",
     "SearchSettings",
     "ServingSettings",

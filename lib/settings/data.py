@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from lib.errors import nearest
+from lib.settings.cleaning import CleanSettings, NearSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.sections import Format, Name, Positive, Section, Share
 
@@ -41,6 +42,7 @@ RESERVED_COLUMNS = {
     "number",
     "position",
     "problem",
+    "worth",
 }
 
 
@@ -172,6 +174,11 @@ class DataSettings(Labelled):
     trained on what it will see."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
+    near: NearSettings = NearSettings()
+    leakage: Literal["check", "report", "off"] = "check"
+    """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
+    validation, test) is left out. report: such rows are counted, and stay where they are."""
+    clean: CleanSettings = CleanSettings()
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
@@ -218,6 +225,12 @@ class DataSettings(Labelled):
         return self
 
     @model_validator(mode="after")
+    def _near(self) -> DataSettings:
+        if self.near.duplicates == "drop" and self.duplicates == "keep":
+            raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        return self
+
+    @model_validator(mode="after")
     def _undersample(self) -> DataSettings:
         if self.undersample and self.heads:
             raise ValueError("undersample: a row of several heads has no single label; leave it out")
@@ -244,6 +257,11 @@ class DataSettings(Labelled):
             for name in ("train", "validation", "test")
         }
         return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+    @property
+    def checks_leakage(self) -> bool:
+        """Whether near duplicates are looked for that lie in several splits."""
+        return self.leakage != "off" and (len(self.sources) > 1 or max(self.shares.values()) < 1)
 
     @property
     def class_names(self) -> list[str]:

@@ -45,6 +45,7 @@ PACKS = True
 JUDGED: Literal["classes", "answers"] = "answers"
 METRIC = "loss"
 LISTS = frozenset({"messages", "conversations"})
+TEXTS = frozenset(name for names in dialogues.FORMS.values() for name in names)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SHOWN_CHARS = 160
 # What a client gets that does not say how much it wants.
@@ -92,6 +93,7 @@ def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
         empty=empty,
         malformed=malformed,
         groups=pa.array([text.casefold() for text in openings.to_pylist()], pa.string()),
+        compared=pa.array(["\n".join(turn["content"] for turn in turns) for turns in found], pa.string()),
     )
 
 

@@ -41,6 +41,7 @@ METRIC = "ndcg_10"
 # Interactions of a history that a request of the demo sends, and items that it asks for.
 SHOWN_HISTORY, SHOWN = 50, 5
 LISTS: frozenset[str] = frozenset()
+TEXTS: frozenset[str] = frozenset()
 JUDGED: Literal["rankings"] = "rankings"
 
 

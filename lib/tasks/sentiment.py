@@ -44,6 +44,7 @@ __all__ = ["save"]
 PACKS = False
 METRIC = "macro_f1"
 LISTS: frozenset[str] = frozenset()
+TEXTS = frozenset({"text"})
 BASELINE: Literal["tfidf", "lookup"] = "tfidf"
 SHOWN_CHARS = 100
 

@@ -72,6 +72,7 @@ __all__ = [
 PACKS = False
 METRIC = "macro_f1"
 LISTS = frozenset({"tokens", "tags"})
+TEXTS: frozenset[str] = frozenset()
 BASELINE: Literal["tfidf", "lookup"] = "lookup"
 
 

@@ -81,6 +81,9 @@ def test_a_dataset_holds_every_good_row_once(tiny_base: Path, source: Path) -> N
         "unlabelled": 3,
         "duplicate": 6,
         "conflicting": 4,
+        "near_duplicate": 0,
+        "near_conflicting": 0,
+        "leaking": 0,
         "undersampled": 0,
     }
     assert [s["rows"] for s in manifest["sources"]] == [100, 100, 100]
