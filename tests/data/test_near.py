@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.data import near
@@ -132,12 +132,13 @@ def test_what_is_compared_together_does_not_matter(monkeypatch: pytest.MonkeyPat
     assert near.similarities(sketches[:-1], sketches[1:]).tolist() == alike.tolist()
 
 
+@settings(deadline=None)  # the first text waits for a table of all characters
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.sampled_from(["words", "characters"]))
 def test_any_texts_are_taken(texts: list[str], unit: str) -> None:
-    settings = NearSettings.model_validate({"unit": unit, "size": 3})
-    keys = near.band_keys([*texts, None, "\ud800"], settings)
+    wanted = NearSettings.model_validate({"unit": unit, "size": 3})
+    keys = near.band_keys([*texts, None, "\ud800"], wanted)
     assert keys.shape == (len(texts) + 2, Bands.of(0.8).bands)
-    sketches = near.sketches([*texts, None], settings)
+    sketches = near.sketches([*texts, None], wanted)
     assert near.similarities(sketches, sketches).tolist() == [1.0] * (len(texts) + 1)
 
 
