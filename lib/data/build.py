@@ -104,11 +104,8 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
     rows = sum(count.rows for count in written.splits.values())
     for split, count in written.splits.items():
         share = plan.settings.data.shares[split]
-        if share and not count.rows and written.leaking and plan.settings.data.leakage == "check":
-            raise DataError(
-                f"the {split} split would be empty: {written.leaking:,} rows say the same as rows of a split that is given; "
-                f"give other rows, or set data.leakage to off"
-            )
+        if share and not count.rows and (why := _emptied_by_the_check(plan, written, rows)):
+            raise DataError(f"the {split} split would be empty: {why}")
         if share and not count.rows:
             raise DataError(
                 f"the {split} split would be empty: {rows:,} rows are too few for a share of {share:g}; "
@@ -125,6 +122,23 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
                 f"{storage.display(uri)} lacks shards that workers wrote; WHORL_STORAGE must be a place "
                 f"that all machines of the cluster share"
             )
+
+
+def _emptied_by_the_check(plan: Plan, written: Written, rows: int) -> str | None:
+    """Why a split that would not be empty without `data.leakage` is."""
+    if plan.settings.data.leakage != "check":
+        return None
+    if written.leaking:
+        return (
+            f"{written.leaking:,} rows say the same as rows of a split that is given; give other rows, "
+            f"or set data.leakage to report"
+        )
+    if written.moved:
+        return (
+            f"{written.moved:,} of {rows:,} rows went where their near duplicates are; give more different rows, "
+            f"raise data.near.threshold, or set data.leakage to report"
+        )
+    return None
 
 
 def _source(plan: Plan) -> str:

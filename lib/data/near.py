@@ -162,16 +162,32 @@ def _similarities(first: pa.ListArray, second: pa.ListArray) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, positions: np.ndarray) -> pa.Table:
-    """LINK of rows that share a key: each with the first of those, so that k rows give k - 1 links and not k².
+    """LINK of rows that share a key and may be alike: each with the first of those and with the one before it, so that k
+    rows give fewer than 2 k links and not k².
 
-    `keys` int64 [n] and `positions` int64 [n] come in any order. a < b, each pair once.
+    With the first alone, one unlike row that comes first would part all others. `keys` int64 [n] and `positions`
+    int64 [n] come in any order. a < b, each pair once.
     """
+    first, positions = _runs_of_equals(keys, positions)
+    head = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+    before, behind = positions[:-1][~first[1:]], positions[~first]
+    return unique_links(np.concatenate([positions[head][~first], before]), np.concatenate([behind, behind]))
+
+
+def equals(keys: np.ndarray, positions: np.ndarray) -> pa.Table:
+    """LINK of rows that share a key and are alike for sure: each with the first, k - 1 for k rows."""
+    first, positions = _runs_of_equals(keys, positions)
+    head = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
+    return unique_links(positions[head][~first], positions[~first])
+
+
+def _runs_of_equals(keys: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions sorted by key and then by themselves, and which of them are the first of their key."""
     order = np.lexsort((positions, keys))
-    keys, positions = keys[order], positions[order]
+    keys = keys[order]
     first = np.ones(len(keys), bool)
     first[1:] = keys[1:] != keys[:-1]
-    head = np.maximum.accumulate(np.where(first, np.arange(len(keys)), 0))
-    return unique_links(positions[head][~first], positions[~first])
+    return first, positions[order]
 
 
 def unique_links(a: np.ndarray, b: np.ndarray) -> pa.Table:

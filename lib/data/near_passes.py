@@ -1,6 +1,6 @@
 """Near duplicates of a source on Ray Data: found, compared, joined into clusters, and what becomes of each row.
 
-    band keys (from the first pass)   shuffled by key          → candidates, 16 bytes each, k - 1 for k rows of one key
+    band keys (from the first pass)   shuffled by key          → candidates, 16 bytes each, fewer than 2 k for k rows of one key
     candidates                        shuffled by their first  → each once
     sketches of those rows alone      read again, shuffled     → links: pairs that are near duplicates
     links                             joined                   → rows of clusters
@@ -98,10 +98,11 @@ class _Search:
         links: Dataset | None = None
         repeated: list[Any] = []
         if equal:
-            links = self._candidates(_group_keys, PAIR_BYTES, away=away)
+            links = self._linked(near.equals, _group_keys, PAIR_BYTES, away=away)
             repeated = tables(_mapped(links, _others))
         bands = Bands.of(near_settings.threshold).bands
-        candidates = self._candidates(
+        candidates = self._linked(
+            near.candidates,
             _band_keys,
             PAIR_BYTES * bands,
             away=[*away, *repeated],
@@ -115,11 +116,17 @@ class _Search:
             return None
         return _Clusters(self.hashes, joined(links, count))
 
-    def _candidates(self, keys: Callable[..., pa.Table], bytes_a_row: int, **arguments: Any) -> Dataset:
+    def _linked(
+        self,
+        linking: Callable[[np.ndarray, np.ndarray], pa.Table],
+        keys: Callable[..., pa.Table],
+        bytes_a_row: int,
+        **arguments: Any,
+    ) -> Dataset:
         """LINK of rows that share one of the keys that `keys` gives them; a pair may be there several times."""
         count = _partitions(self.rows, bytes_a_row)
         packed = _mapped(self.hashes, keys, partitions=count, **arguments)
-        return exchange(packed, count, ("key", "position"), _sharing)
+        return exchange(packed, count, ("key", "position"), _linked, linking=linking)
 
     def _verified(self, candidates: Dataset, count: int) -> Dataset:
         """LINK of those that are near duplicates."""
@@ -247,8 +254,8 @@ def _packed_keys(keys: np.ndarray, positions: np.ndarray, partitions: int) -> pa
     )
 
 
-def _sharing(rows: pa.Table) -> pa.Table:
-    return near.candidates(rows["key"].to_numpy(), rows["position"].to_numpy())
+def _linked(rows: pa.Table, linking: Callable[[np.ndarray, np.ndarray], pa.Table]) -> pa.Table:
+    return linking(rows["key"].to_numpy(), rows["position"].to_numpy())
 
 
 def _unique(rows: pa.Table) -> pa.Table:

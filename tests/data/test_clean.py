@@ -197,8 +197,8 @@ def test_repetition() -> None:
     loop = "I do not know what to say. " * 12
     assert repeating(loop, MOST) == "one run of 2 words takes 0.42 of the characters"
     assert repeating(f"{prose} {prose}", MOST) == "repeated runs of 5 words take 1.00 of the characters"
-    assert repeating("so good " * 30 + prose[:50], MOST).startswith("one run of 2 words takes 0.9")  # type: ignore[union-attr]
-    assert repeating(CHINESE * 3, MOST) == "repeated runs of 5 words take 1.00 of the characters"
+    assert repeating("so good " * 30 + prose[:50], MOST).startswith("one run of 2 words takes 0.8")  # type: ignore[union-attr]
+    assert repeating(CHINESE * 3, MOST) == "one run of 4 words takes 0.21 of the characters"
     # A short text repeats some by nature.
     assert repeating("so so so so", MOST) is None
     assert repeating("so so so so", RepetitionSettings(least_words=2)) is not None

@@ -153,13 +153,19 @@ def test_a_text_of_a_megabyte_is_one_of_many() -> None:
 
 
 @pytest.mark.timeout(60)
-def test_a_hundred_thousand_equals_give_one_link_each() -> None:
+def test_links_of_a_hundred_thousand_rows_of_one_key_are_no_square() -> None:
     rows = 100_000
     positions = np.random.default_rng(0).permutation(rows)
+    sure = near.equals(np.zeros(rows, np.int64), positions)
+    assert set(sure["a"].to_pylist()) == {0}
+    assert sure["b"].to_pylist() == list(range(1, rows))
     found = near.candidates(np.zeros(rows, np.int64), positions)
-    assert found.num_rows == rows - 1
-    assert set(found["a"].to_pylist()) == {0}
-    assert found["b"].to_pylist() == list(range(1, rows))
+    assert found.num_rows == 2 * rows - 3
+
+
+def test_an_unlike_row_that_comes_first_does_not_part_the_others() -> None:
+    found = near.candidates(np.array([7, 7, 7, 8]), np.array([4, 2, 9, 1]))
+    assert found.to_pydict() == {"a": [2, 2, 4], "b": [4, 9, 9]}
 
 
 def test_candidates_do_not_depend_on_order() -> None:
