@@ -103,11 +103,15 @@ class Shingles:
         return len(self.starts)
 
 
-def band_keys(texts: Sequence[str | None], near: NearSettings) -> np.ndarray:
-    """int64 [texts, bands]: texts that agree in a band have the same key there."""
+def band_keys(texts: Sequence[str | None], near: NearSettings) -> tuple[np.ndarray, int]:
+    """int64 [texts, bands]: texts that agree in a band have the same key there; and of how many hashes the sketches of all
+    would be at most."""
     bands = Bands.of(near.threshold)
-    parts = [_keys(minhash(shingles, bands), bands) for shingles in sliced(texts, near)]
-    return np.concatenate(parts) if parts else np.empty((0, bands.bands), np.int64)
+    parts, size = [np.empty((0, bands.bands), np.int64)], 0
+    for shingles in sliced(texts, near):
+        parts.append(_keys(minhash(shingles, bands), bands))
+        size += int(np.minimum(np.diff([*shingles.starts, len(shingles.hashes)]), SKETCH).sum())
+    return np.concatenate(parts), size
 
 
 def sketches(texts: Sequence[str | None], near: NearSettings) -> pa.ListArray:

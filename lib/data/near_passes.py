@@ -6,7 +6,7 @@
     links                             joined                   → rows of clusters
     these rows                        shuffled by cluster      → what is dropped, or into which split it goes
 
-Every shuffle is in partitions whose number goes by what is shuffled, PARTITION_BYTES each; sketches are of 4 KiB at
+Every shuffle is in partitions whose number goes by what is shuffled, PARTITION_BYTES each; a sketch is of 4 KiB at
 most. No process holds more than a partition or a block. Where nothing agrees in a band, only the first is done.
 """
 
@@ -29,9 +29,11 @@ from lib.data.passes import Scanned, packed_blocks, parallel_tasks, prepare, tab
 from lib.data.split import mix
 from lib.settings import Settings
 
-PARTITION_BYTES = 64 << 20
-# What is shuffled of a row of each kind; a sketch may be smaller.
-PAIR_BYTES, SKETCH_BYTES, MEMBER_BYTES = 16, 4 * near.SKETCH, 44
+# A partition's rows are held several times while they are compared. Ray starts processes for a shuffle of several
+# partitions, which takes longer than one of two million pairs.
+PARTITION_BYTES = 128 << 20
+# What is shuffled of a pair, of a row's sketch beside its hashes, and of a member of a cluster.
+PAIR_BYTES, ROW_BYTES, MEMBER_BYTES = 16, 24, 44
 
 
 def near_duplicates(
@@ -89,6 +91,9 @@ class _Search:
     ) -> None:
         self.reading, self.settings, self.rows = reading, settings, scanned.usable
         self.hashes, self.rejected, self.by_group = hashes, rejected, by_group
+        self.column = "group_bands" if by_group else "text_bands"
+        # Of the mean row.
+        self.sketch_bytes = ROW_BYTES + 4 * scanned.sketched[self.column] // max(scanned.usable, 1)
 
     def clusters(self, *dropped: Dataset | None, equal: bool = False) -> _Clusters | None:
         """Rows of `dropped` take no part. With `equal` there may be rows of one group: they are one cluster, and only the
@@ -106,7 +111,7 @@ class _Search:
             _band_keys,
             PAIR_BYTES * bands,
             away=[*away, *repeated],
-            column="group_bands" if self.by_group else "text_bands",
+            column=self.column,
             bands=bands,
         )
         if count := candidates.count():
@@ -137,7 +142,7 @@ class _Search:
             ("a", "b"),
             _unique,
         )
-        partitions = _partitions(2 * count, SKETCH_BYTES)
+        partitions = _partitions(2 * count, self.sketch_bytes)
         rows = packed_blocks(self.reading, "compare").map_batches(
             sketch_block,
             fn_kwargs={
@@ -203,7 +208,12 @@ def exchange(
         )
     else:
         groups = rows.groupby("partition", num_partitions=partitions)
-        found = groups.map_groups(_call, fn_kwargs=call, batch_format="pyarrow")
+        found = groups.map_groups(
+            _call,
+            fn_kwargs=call,
+            batch_format="pyarrow",
+            compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
+        )
     return found.materialize()
 
 

@@ -66,6 +66,8 @@ class Scanned:
     usable: int = 0
     grouped: bool = False
     """Whether something else than its text decides the split of a row (`Prepared.groups`)."""
+    sketched: Counter[str] = field(default_factory=Counter)
+    """Name of its bands → of how many hashes the sketches of all usable rows would be at most."""
     changed: Counter[str] = field(default_factory=Counter)
     """Step of mending → rows that it changed."""
     rejected: Counter[str] = field(default_factory=Counter)
@@ -136,6 +138,7 @@ def scan(reading: Reading, settings: Settings) -> tuple[Scanned, ray.data.Datase
         scanned.unlabelled += counts["unlabelled"]
         scanned.usable += counts["usable"]
         scanned.grouped |= counts["grouped"]
+        scanned.sketched.update(counts["sketched"])
         scanned.changed.update(counts["changed"])
         scanned.rejected.update(counts["rejected"])
         for name, samples in counts["samples"].items():
@@ -370,6 +373,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     positions = block.rows[blocks.POSITION].to_numpy()
     empty = prepared.empty & ~ready.rejected
     first_wrong = min(prepared.malformed, default=None)
+    bands, sketched = _bands(ready, settings.data)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
         "rows": len(positions),
@@ -382,6 +386,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "files": dict(zip(files.tolist(), file_rows.tolist(), strict=True)),
         "usable": int(ready.usable.sum()),
         "grouped": prepared.groups is not None,
+        "sketched": sketched,
         **_cleaned(cleaned, positions, settings.data.clean.samples),
     }
     hashes = {
@@ -393,7 +398,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "rejected": positions[ready.rejected],
         "worth": ready.worth,
         "group": ready.group,
-        **_bands(ready, settings.data),
+        **bands,
     }
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
@@ -416,18 +421,19 @@ def _cleaned(cleaned: clean.Cleaned, positions: np.ndarray, shown: int) -> dict[
     }
 
 
-def _bands(ready: Ready, data: DataSettings) -> dict[str, np.ndarray]:
-    """Keys of the bands of a block's rows, one row after the other; none of what nobody will look for."""
+def _bands(ready: Ready, data: DataSettings) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Keys of the bands of a block's rows, one row after the other, and the sizes of their sketches; none of what nobody
+    will look for."""
     grouped = ready.prepared.groups is not None
     wanted = {
         "text_bands": data.near.duplicates == "drop" or (data.checks_leakage and not grouped),
         "group_bands": data.checks_leakage and grouped,
     }
-    none = np.empty(0, np.int64)
-    return {
-        name: near.band_keys(ready.compared(name == "group_bands"), data.near).ravel() if is_wanted else none
-        for name, is_wanted in wanted.items()
-    }
+    keys, sizes = dict.fromkeys(wanted, np.empty(0, np.int64)), {}
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        found, sizes[name] = near.band_keys(ready.compared(name == "group_bands"), data.near)
+        keys[name] = found.ravel()
+    return keys, sizes
 
 
 def write_block(

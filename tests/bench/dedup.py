@@ -16,6 +16,7 @@ that, and what it answers is the result (128 permutations, its default). Both ru
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import random
 import sys
@@ -56,7 +57,7 @@ texts = pq.read_table(sys.argv[1])["text"].to_pylist()
 wanted = NearSettings(threshold=float(sys.argv[2]))
 near.band_keys(["warm"], wanted)
 start = time.perf_counter()
-keys = near.band_keys(texts, wanted)
+keys, _ = near.band_keys(texts, wanted)
 pairs = near.candidates(keys.ravel(), np.repeat(np.arange(len(texts)), keys.shape[1]))
 rows = np.unique(np.concatenate([pairs["a"].to_numpy(), pairs["b"].to_numpy()]))
 sketches = near.sketches([texts[row] for row in rows], wanted)

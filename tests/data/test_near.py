@@ -35,7 +35,7 @@ def sketched(pairs: list[tuple[str, str]], settings: NearSettings = WORDS) -> np
 
 def linked(texts: list[str], settings: NearSettings = WORDS) -> set[tuple[int, int]]:
     """What candidates of these texts are, by their numbers."""
-    keys = near.band_keys(texts, settings)
+    keys, _ = near.band_keys(texts, settings)
     found = near.candidates(keys.ravel(), np.repeat(np.arange(len(texts)), keys.shape[1]))
     return set(zip(found["a"].to_pylist(), found["b"].to_pylist(), strict=True))
 
@@ -123,11 +123,13 @@ def test_sketches_are_exact_where_the_texts_are_short_and_near_where_they_are_lo
 def test_what_is_compared_together_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefghij", k=rng.randint(0, 30))) for _ in range(200)] + ["", CHINESE]
-    keys, sketches = near.band_keys(texts, WORDS), near.sketches(texts, WORDS)
+    (keys, size), sketches = near.band_keys(texts, WORDS), near.sketches(texts, WORDS)
     alike = near.similarities(sketches[:-1], sketches[1:])
     monkeypatch.setattr(near, "SLICE_CHARACTERS", 40)
     monkeypatch.setattr(near, "COMPARED", 64)
-    assert (near.band_keys(texts, WORDS) == keys).all()
+    again = near.band_keys(texts, WORDS)
+    assert (again[0] == keys).all()
+    assert again[1] == size >= len(sketches.flatten())
     assert near.sketches(texts, WORDS).equals(sketches)
     assert near.similarities(sketches[:-1], sketches[1:]).tolist() == alike.tolist()
 
@@ -136,7 +138,7 @@ def test_what_is_compared_together_does_not_matter(monkeypatch: pytest.MonkeyPat
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=8), st.sampled_from(["words", "characters"]))
 def test_any_texts_are_taken(texts: list[str], unit: str) -> None:
     wanted = NearSettings.model_validate({"unit": unit, "size": 3})
-    keys = near.band_keys([*texts, None, "\ud800"], wanted)
+    keys, _ = near.band_keys([*texts, None, "\ud800"], wanted)
     assert keys.shape == (len(texts) + 2, Bands.of(0.8).bands)
     sketches = near.sketches([*texts, None], wanted)
     assert near.similarities(sketches, sketches).tolist() == [1.0] * (len(texts) + 1)
@@ -146,7 +148,7 @@ def test_any_texts_are_taken(texts: list[str], unit: str) -> None:
 def test_a_text_of_a_megabyte_is_one_of_many() -> None:
     long = "It was a good dress. " * 50_000
     different = " ".join(f"word{i}" for i in range(120_000))
-    keys = near.band_keys([long, different, long + "Indeed.", different[:-9]], WORDS)
+    keys, _ = near.band_keys([long, different, long + "Indeed.", different[:-9]], WORDS)
     assert (keys[1] == keys[3]).any()
     assert sketched([(different, different[:-9])])[0] > 0.95
     assert not (keys[0] == keys[1]).any()
