@@ -33,9 +33,11 @@ from lib.data.split import mix
 from lib.settings import NearSettings
 
 # Probability that a pair whose similarity is just the threshold agrees in a band.
-FOUND = 0.98
+FOUND = 0.995
 # More bands find as much with longer ones, in which fewer unlike texts agree; and each is 16 bytes a row to shuffle.
 MOST_BANDS = 16
+# Of the rows that agree in a band, how many of those before it each is compared with, beside the first.
+NEIGHBOURS = 6
 # Shingles of a sketch: 4 KiB for the longest of texts.
 SKETCH = 1024
 # Of a longer text only so many characters are compared.
@@ -166,32 +168,33 @@ def _similarities(first: pa.ListArray, second: pa.ListArray) -> np.ndarray:
 
 
 def candidates(keys: np.ndarray, positions: np.ndarray) -> pa.Table:
-    """LINK of rows that share a key and may be alike: each with the first of those and with the one before it, so that k
-    rows give fewer than 2 k links and not k².
+    """LINK of rows that share a key and may be alike: each with the first of those and with the NEIGHBOURS before it, so
+    that k rows give fewer than (NEIGHBOURS + 1) k links and not k².
 
     With the first alone, one unlike row that comes first would part all others. `keys` int64 [n] and `positions`
     int64 [n] come in any order. a < b, each pair once.
     """
-    first, positions = _runs_of_equals(keys, positions)
-    head = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
-    before, behind = positions[:-1][~first[1:]], positions[~first]
-    return unique_links(np.concatenate([positions[head][~first], before]), np.concatenate([behind, behind]))
+    keys, positions, head = _runs_of_equals(keys, positions)
+    links = [(positions[head], positions)]
+    for step in range(1, NEIGHBOURS + 1):
+        same = keys[step:] == keys[:-step]
+        links.append((positions[:-step][same], positions[step:][same]))
+    return unique_links(*(np.concatenate(side) for side in zip(*links, strict=True)))
 
 
 def equals(keys: np.ndarray, positions: np.ndarray) -> pa.Table:
     """LINK of rows that share a key and are alike for sure: each with the first, k - 1 for k rows."""
-    first, positions = _runs_of_equals(keys, positions)
-    head = np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
-    return unique_links(positions[head][~first], positions[~first])
+    _, positions, head = _runs_of_equals(keys, positions)
+    return unique_links(positions[head], positions)
 
 
-def _runs_of_equals(keys: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Positions sorted by key and then by themselves, and which of them are the first of their key."""
+def _runs_of_equals(keys: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both, sorted by key and then by position, and for each row the number of the first of its key."""
     order = np.lexsort((positions, keys))
     keys = keys[order]
     first = np.ones(len(keys), bool)
     first[1:] = keys[1:] != keys[:-1]
-    return first, positions[order]
+    return keys, positions[order], np.maximum.accumulate(np.where(first, np.arange(len(first)), 0))
 
 
 def unique_links(a: np.ndarray, b: np.ndarray) -> pa.Table:

@@ -1,6 +1,6 @@
 """Near duplicates of a source on Ray Data: found, compared, joined into clusters, and what becomes of each row.
 
-    band keys (from the first pass)   shuffled by key          → candidates, 16 bytes each, fewer than 2 k for k rows of one key
+    band keys (from the first pass)   shuffled by key          → candidates, 16 bytes each, fewer than 7 k for k rows of one key
     candidates                        shuffled by their first  → each once
     sketches of those rows alone      read again, shuffled     → links: pairs that are near duplicates
     links                             joined                   → rows of clusters

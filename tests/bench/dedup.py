@@ -120,10 +120,7 @@ def main() -> None:
         if find_spec("datasketch") is None:
             print("datasketch is not installed: pip install datasketch; ours alone is measured")
         else:
-            bands = near.Bands.of(given.threshold)
-            found["theirs"] = run(
-                THEIRS, hashed, given.threshold, folder / "theirs.parquet", bands.bands * bands.rows
-            )
+            found["theirs"] = run(THEIRS, hashed, given.threshold, folder / "theirs.parquet")
         compare(report, found, truth, len(texts))
         through_ray(report, source, folder, truth, len(texts), wanted)
     report.finish()
