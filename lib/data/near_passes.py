@@ -199,7 +199,8 @@ def joined(links: Dataset, count: int) -> Dataset:
 def exchange(
     rows: Dataset, partitions: int, names: Sequence[str], function: Callable[..., pa.Table], **arguments: Any
 ) -> Dataset:
-    """`function` on each partition of rows that `blocks.pack_by` has packed, whose lists `names` it gets flat."""
+    """`function` on each partition of rows that `blocks.pack_by` has packed, whose lists `names` it gets flat. Each block of
+    the result is sorted by its first column."""
     call = {"names": names, "function": function, "arguments": arguments}
     if partitions == 1:
         # A shuffle into one partition would cost a small source several seconds.
@@ -214,7 +215,8 @@ def exchange(
             batch_format="pyarrow",
             compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
         )
-    return found.materialize()
+    # A block holds what was found in several partitions, one after the other.
+    return _mapped(found, _sorted).materialize()
 
 
 def _call(
@@ -281,8 +283,9 @@ def _others(links: pa.Table) -> pa.Table:
     return dedup.by_position(pa.table({"position": links["b"]}))
 
 
-def _sorted(rows: pa.Table, column: str) -> pa.Table:
-    return rows.sort_by(column)
+def _sorted(rows: pa.Table, column: str | None = None) -> pa.Table:
+    """By the first column where none is named; a table without rows may have none."""
+    return rows.sort_by(column or rows.column_names[0]) if rows.num_rows else rows
 
 
 def _links_by_node(links: pa.Table, partitions: int, column: str) -> pa.Table:
