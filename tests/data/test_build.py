@@ -237,6 +237,7 @@ def test_of_near_duplicates_the_best_stays(
     assert sorted(texts) == sorted(varied(i, variant(i)) for i in range(30))
 
 
+@pytest.mark.slow
 def test_near_duplicates_lie_in_one_split_and_are_counted(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +355,7 @@ def test_cleaning_mends_and_leaves_out_and_says_so(tiny_base: Path, tmp_path: Pa
         )
 
 
+@pytest.mark.slow
 def test_dialogues_are_cleaned_and_compared_by_what_opens_them(tmp_path: Path) -> None:
     def dialogue(question: str, answer: str) -> dict[str, Any]:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
