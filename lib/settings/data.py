@@ -96,6 +96,10 @@ def _label_values(value: Any) -> Any:
     return value
 
 
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
 Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
 ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
 
@@ -175,7 +179,7 @@ class DataSettings(Labelled):
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
     near: NearSettings = NearSettings()
-    leakage: Literal["check", "report", "off"] = "check"
+    leakage: Annotated[Literal["check", "report", "off"], BeforeValidator(_off)] = "check"
     """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
     validation, test) is left out. report: such rows are counted, and stay where they are."""
     clean: CleanSettings = CleanSettings()
