@@ -58,7 +58,7 @@ format: setup  ## put the code into its one form
 k8s: setup  ## write what k8s/ has from other files: environment, applications, alert rules
 	$(BIN)/python -m cluster.kubernetes
 
-bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -redact, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
+bench-%: setup  ## bench-training, -serving, -chat, -faults, -fuzz, -preprocess, -redact, -dedup, -retrieval, -recommend, -recommend-serving, -ner, -phrasebank (DATA=DIR): side by side with a rival
 	$(BIN)/python -m tests.bench.$(subst -,_,$*) $(if $(DATA),--data $(DATA))
 
 rehearse: setup  ## what Kubernetes would do with k8s/, on this machine as root: pods killed under requests; prints a report

@@ -1,4 +1,4 @@
-"""From raw rows to a dataset: read, normalise, drop empty and duplicate rows, map labels, split, tokenise.
+"""From raw rows to a dataset: read, clean, normalise, drop empty and duplicate rows, map labels, split, tokenise.
 
     python -m jobs.preprocess --config jobs/configs/reviews.yaml [--data.limit 2000 ...]
 
@@ -38,6 +38,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
+    for line in _cleaned(manifest):
+        print(line)
     width = max([10, *(len(label) for label in labels)])
     print(
         f"{'':12} {'rows':>10} "
@@ -56,6 +58,26 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
+
+
+def _cleaned(manifest: dict[str, Any]) -> list[str]:
+    """What cleaning and the leakage check came to; a recommender's dataset has neither."""
+    lines = []
+    cleaned = manifest.get("cleaned", {"changed": {}, "rejected": {}})
+    if cleaned["changed"]:
+        lines.append(
+            f"cleaned      {', '.join(f'{rows:,} {step}' for step, rows in cleaned['changed'].items())}"
+        )
+    for reason, samples in cleaned["rejected"].items():
+        lines += [f"  {reason}, {s['row']}: {s['measured']}: {s['text'][:60]!r}" for s in samples]
+    leakage = manifest.get("leakage", {"moved": 0, "leaking": 0})
+    if leakage["moved"] or leakage["leaking"]:
+        done = ("went", "were left out") if leakage["mode"] == "check" else ("would go", "would be left out")
+        lines.append(
+            f"leakage      {leakage['moved']:,} rows {done[0]} where their near duplicates are; "
+            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a given split"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -76,8 +76,13 @@ def _mend(text: str) -> str:
             text = plain
     if not text.isascii():
         text = ftfy.fix_encoding(text)
-    text = _DELETED.sub("", _TERMINAL.sub("", text))
-    return " ".join(text.split())
+    return " ".join(without_controls(text).split())
+
+
+def without_controls(text: str) -> str:
+    """Without control characters other than tabs and line ends, terminal escapes, soft hyphens, zero-width and direction
+    marks. Joiners stay: Persian, the scripts of India and emoji are written with them."""
+    return _DELETED.sub("", _TERMINAL.sub("", text))
 
 
 def is_empty(texts: pa.Array) -> np.ndarray:

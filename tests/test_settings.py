@@ -42,9 +42,20 @@ def test_label_keys_compare_as_text_and_keep_their_order() -> None:
     assert settings.data.label_names == ["good", "bad"]
 
 
+def test_near_duplicates_and_leakage() -> None:
+    assert load_settings(REVIEWS).data.leakage == "check"
+    data = load_settings(REVIEWS, ["--data.leakage", "off", "--data.near.duplicates", "drop"]).data
+    assert (data.leakage, data.near.duplicates, data.checks_leakage) == ("off", "drop", False)
+    alone = load_settings(REVIEWS, ["--data.split", "{train: 1, validation: 0, test: 0}"]).data
+    assert not alone.checks_leakage  # there is nowhere to leak to
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
+        (["--data.near.keep", "best"], "keep: best goes with column"),
+        (["--data.near.duplicates", "drop", "--data.duplicates", "keep"], "set duplicates: drop too"),
+        (["--data.clean.length.words", "{least: 5, most: 2}"], "5 is above 2"),
         (
             ["--training.lerning_rate", "1"],
             "unknown key 'training.lerning_rate'; did you mean 'learning_rate'?",

@@ -4,7 +4,8 @@ plan      which files, which columns, which fingerprint: looked at before Ray st
 build     the dataset, published whole; the two passes and the shuffle between them are in `passes`
 redact    personal data out of the rows' texts, before anything else sees them
 sources, readers, blocks      URIs → files → rows → blocks of rows
-label, dedup, split           what happens to the rows of a block; none of them knows Ray
+clean, dedup, near, clusters, split   what happens to the rows of a block; none of them knows Ray
+near_passes                   near duplicates and what leaks between splits, on Ray Data
 shards                        rows → tokens → Parquet
 scoring   files → answers of a registered model (`jobs.score`), through the same readers
 """

@@ -18,6 +18,7 @@ from lib.artifacts import SPLITS
 from lib.data.readers import read_tables
 from lib.data.sources import SourceFile
 from lib.errors import WhorlError
+from lib.settings import Settings
 
 # Files smaller than this are read together, so that many small files do not make many small shards.
 FRAGMENT_BYTES = 64 << 20
@@ -56,11 +57,19 @@ class Reading:
             size += file.size
         return [*fragments, (start, len(self.files))]
 
+    @property
+    def given(self) -> np.ndarray:
+        """Index into SPLITS, int8 [files], of files whose split is given; -1 where it is not."""
+        return np.array([SPLITS.index(file.split) if file.split else -1 for file in self.files], np.int8)
+
     def splits(self, positions: np.ndarray) -> np.ndarray:
-        """Index into SPLITS, int8 [rows], of rows whose split is given; -1 where it is not."""
-        given = [SPLITS.index(file.split) if file.split else -1 for file in self.files]
-        found: np.ndarray = np.array(given, np.int8)[positions >> ROW_BITS]
+        """The same of rows, int8 [rows]."""
+        found: np.ndarray = self.given[positions >> ROW_BITS]
         return found
+
+    def ranks(self, settings: Settings) -> np.ndarray:
+        """int8 [files]: of equal rows, which file's stays; all the same where leaks are not mended."""
+        return self.given if settings.data.leakage == "check" else np.zeros(len(self.files), np.int8)
 
     def place(self, position: int) -> str:
         """File and row of a position, for messages."""
@@ -151,6 +160,17 @@ def pack(columns: dict[str, pa.Array], scalars: dict[str, pa.Array]) -> pa.Table
         for name, values in columns.items()
     }
     return pa.table({**scalars, **lists})
+
+
+def pack_by(partition: np.ndarray, columns: dict[str, pa.Array]) -> pa.Table:
+    """A row for each value of `partition` int32 [n] that there is, with its part of each of `columns` as a list: what a
+    shuffle moves are few rows, however many values there are."""
+    order = np.argsort(partition, kind="stable")
+    values, starts = np.unique(partition[order], return_index=True)
+    offsets = pa.array(np.append(starts, len(order)).astype(np.int32))
+    taken = pa.array(order)
+    lists = {name: pa.ListArray.from_arrays(offsets, column.take(taken)) for name, column in columns.items()}
+    return pa.table({"partition": pa.array(values, pa.int32()), **lists})
 
 
 def unpack(rows: pa.Table, names: Sequence[str]) -> pa.Table:

@@ -1,8 +1,9 @@
 """From raw rows to a dataset, on Ray Data, in two streaming passes over the source.
 
     plan    files, columns, checksums → fingerprint; needs no Ray
-    scan    read, normalise, map labels, hash                → counts, and 36 bytes a row
+    scan    read, clean, normalise, map labels, hash         → counts, and 36 bytes a row; 8 more a band
             shuffle the hashes, find the duplicates          → the positions to drop
+            find near duplicates (`near_passes`)             → more of them, and rows that change their split
     write   read and normalise again, drop, split, tokenise  → Parquet shards
     publish the manifest, and all of it at once
 
@@ -21,8 +22,20 @@ from typing import Any
 
 from lib import storage, tracking
 from lib.data import recommend
+from lib.data.clean import REJECTING
 from lib.data.mix import mix
-from lib.data.passes import Scanned, Written, find_duplicates, scan, source, write
+from lib.data.near_passes import near_duplicates, straddling
+from lib.data.passes import (
+    Found,
+    Scanned,
+    Written,
+    find_duplicates,
+    find_rejected,
+    scan,
+    source,
+    tables,
+    write,
+)
 from lib.data.plan import SOURCES, Plan
 from lib.errors import DataError
 from lib.tasks import load_task
@@ -42,21 +55,43 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         return recommend.build(plan, say)
     with storage.publish_from_workers(plan.ref.uri) as uri:
         say(f"scanning {_source(plan)}")
-        read = partial(source, plan.reading, plan.texts, plan.rules)
-        once = read("redact").materialize() if plan.rules and plan.rules.names else None
-        scanned, hashes = scan(plan.reading, plan.settings, once or read("scan"))
+        read: Callable[[str], Any] = partial(source, plan.reading, plan.texts, plan.rules)
+        if plan.rules and plan.rules.names:  # its model reads the rows once, not at each pass
+            read = partial(_already, read("redact").materialize())
+        scanned, hashes = scan(plan.reading, plan.settings, read("scan"))
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows")
-        keep = plan.settings.data.duplicates == "keep"
-        dropped = None if keep else find_duplicates(plan.reading, hashes)
-        del hashes  # 36 bytes a row, in the object store
+        found = _found(plan, scanned, read, hashes, say)
+        del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
-        packed = once or read("write")
-        written = write(plan.reading, plan.settings, packed, scanned, dropped, uri, say, plan.knowledge)
+        packed = read("write")
+        written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written)
         storage.write_json(storage.join(uri, "manifest.json"), manifest)
     return manifest
+
+
+def _already(rows: Any, name: str) -> Any:
+    return rows
+
+
+def _found(
+    plan: Plan, scanned: Scanned, read: Callable[[str], Any], hashes: Any, say: Callable[[str], None]
+) -> Found:
+    """What becomes of which rows."""
+    data, reading = plan.settings.data, plan.reading
+    rejected = find_rejected(scanned, hashes)
+    exact = None if data.duplicates == "keep" else find_duplicates(reading, hashes, plan.settings)
+    alike = placed = None
+    if data.near.duplicates == "drop" or data.checks_leakage:
+        say("comparing texts")
+        looking = (reading, plan.settings, read, scanned, hashes, rejected)
+        if data.near.duplicates == "drop":
+            alike = near_duplicates(*looking, exact)
+        if data.checks_leakage:
+            placed = straddling(*looking, exact, alike)
+    return Found(tables(rejected), tables(exact, alike), tables(placed))
 
 
 def _check_scanned(plan: Plan, scanned: Scanned) -> None:
@@ -75,10 +110,12 @@ def _check_scanned(plan: Plan, scanned: Scanned) -> None:
             f"data.labels: {unknown.rows:,} of {scanned.rows:,} rows hold a label outside the mapping ({values}); "
             f"first: {plan.reading.place(unknown.first)}; add the values to data.labels or correct the source"
         )
-    if scanned.empty + scanned.unlabelled == scanned.rows:
+    rejected = sum(scanned.rejected.values())
+    if scanned.empty + scanned.unlabelled + rejected == scanned.rows:
+        left_out = f"; {rejected:,} do not pass data.clean" if rejected else ""
         raise DataError(
             f"no usable row in {_source(plan)}: of {scanned.rows:,}, {scanned.empty:,} have no text "
-            f"and {scanned.unlabelled:,} no label"
+            f"and {scanned.unlabelled:,} no label{left_out}"
         )
 
 
@@ -90,6 +127,8 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
     rows = sum(count.rows for count in written.splits.values())
     for split, count in written.splits.items():
         share = plan.settings.data.shares[split]
+        if share and not count.rows and (why := _emptied_by_the_check(plan, written, rows)):
+            raise DataError(f"the {split} split would be empty: {why}")
         if share and not count.rows:
             raise DataError(
                 f"the {split} split would be empty: {rows:,} rows are too few for a share of {share:g}; "
@@ -106,6 +145,23 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
                 f"{storage.display(uri)} lacks shards that workers wrote; WHORL_STORAGE must be a place "
                 f"that all machines of the cluster share"
             )
+
+
+def _emptied_by_the_check(plan: Plan, written: Written, rows: int) -> str | None:
+    """Why a split that would not be empty without `data.leakage` is."""
+    if plan.settings.data.leakage != "check":
+        return None
+    if written.leaking:
+        return (
+            f"{written.leaking:,} rows say the same as rows of a split that is given; give other rows, "
+            f"or set data.leakage to report"
+        )
+    if written.moved:
+        return (
+            f"{written.moved:,} of {rows:,} rows went where their near duplicates are; give more different rows, "
+            f"raise data.near.threshold, or set data.leakage to report"
+        )
+    return None
 
 
 def _source(plan: Plan) -> str:
@@ -125,11 +181,23 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
         "dropped": {
             "empty": scanned.empty,
             "unlabelled": scanned.unlabelled,
-            "duplicate": written.duplicate,
-            "conflicting": written.conflicting,
+            **{reason: scanned.rejected[reason] for reason in REJECTING if scanned.rejected[reason]},
+            **{reason: rows for reason, rows in written.dropped.items() if reason != "leaking"},
+            "leaking": written.leaking if settings.data.leakage == "check" else 0,
             "undersampled": written.undersampled,
         },
         **({"redacted": dict(sorted(written.redacted.items()))} if plan.rules else {}),
+        "cleaned": {
+            "changed": dict(scanned.changed),
+            "rejected": {
+                name: [
+                    {"row": plan.reading.place(position), "measured": measured, "text": text}
+                    for position, measured, text in samples
+                ]
+                for name, samples in scanned.samples.items()
+            },
+        },
+        "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
         "sources": [
             {"uri": file.name, "rows": scanned.files.get(i, 0), "checksum": checksum}

@@ -11,18 +11,32 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from lib.data.blocks import flat
+from lib.data.blocks import ROW_BITS, flat
 
 # Source bytes behind one partition: at 30 compressed bytes a text, 2 million rows and 80 MB.
 PARTITION_BYTES = 64 << 20
 MAX_PARTITIONS = 512
 
-DROPPED = pa.schema([("position", pa.int64()), ("conflict", pa.bool_())])
+
+class Reason(IntEnum):
+    """Why a row is dropped."""
+
+    DUPLICATE = 1
+    CONFLICTING = 2
+    """The row that is kept has another label."""
+    NEAR_DUPLICATE = 3
+    NEAR_CONFLICTING = 4
+    LEAKING = 5
+    """A row of a given split says the same."""
+
+
+DROPPED = pa.schema([("position", pa.int64()), ("reason", pa.int8())])
 
 
 def hash_texts(texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
@@ -50,40 +64,43 @@ def partition_of(high: np.ndarray, count: int) -> np.ndarray:
     return (high.view(np.uint64) % np.uint64(count)).astype(np.int32)
 
 
-def find_duplicates(rows: pa.Table) -> pa.Table:
+def find_duplicates(rows: pa.Table, ranks: np.ndarray) -> pa.Table:
     """Rows of one partition (`high`, `low`, `position` int64, `label` int32) → DROPPED, in any order.
 
-    `conflict` is true where the row that is kept has another label.
+    Of equal rows the first in source order stays, of the files with the highest of `ranks` int8 [files]: what leaks
+    into a given split goes, and not the row of that split.
     """
     high, low, position, label = (rows[c].to_numpy() for c in ("high", "low", "position", "label"))
-    order = np.lexsort((position, low, high))
-    high, low = high[order], low[order]
+    rank = ranks[position >> ROW_BITS]
+    order = np.lexsort((position, -rank, low, high))
+    high, low, rank, label = high[order], low[order], rank[order], label[order]
     first = np.ones(len(order), bool)
     first[1:] = (high[1:] != high[:-1]) | (low[1:] != low[:-1])
     kept = np.maximum.accumulate(np.where(first, np.arange(len(order)), 0))
-    conflict = label[order] != label[order][kept]
-    return pa.table([position[order][~first], conflict[~first]], schema=DROPPED)
+    reason = np.where(label != label[kept], Reason.CONFLICTING, Reason.DUPLICATE)
+    reason = np.where(rank < rank[kept], Reason.LEAKING, reason).astype(np.int8)
+    return pa.table([position[order][~first], reason[~first]], schema=DROPPED)
 
 
-def by_position(dropped: pa.Table) -> pa.Table:
-    return dropped.sort_by("position")
+def by_position(found: pa.Table) -> pa.Table:
+    return found.sort_by("position")
 
 
-def dropped_among(tables: Sequence[Any], positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `positions`, sorted, any of the tables drops: bool [rows], and where the kept row has another
-    label: bool [rows].
+def among(tables: Sequence[Any], positions: np.ndarray, column: str, absent: int) -> np.ndarray:
+    """`column` of `tables` for each of `positions`, sorted, and `absent` for those that no table has: int64 [rows].
 
-    The tables (DROPPED, each sorted by position) lie in Ray's object store: only the few pages that are looked at are touched.
+    The tables, each sorted by position, lie in Ray's object store: only the few pages that are looked at are touched.
     """
-    dropped, conflict = np.zeros(len(positions), bool), np.zeros(len(positions), bool)
+    found = np.full(len(positions), absent, np.int64)
     if not len(positions):
-        return dropped, conflict
+        return found
     for table in tables:
-        column = flat(table["position"]).to_numpy()
-        start, end = np.searchsorted(column, [positions[0], positions[-1] + 1])
-        index = np.searchsorted(positions, column[start:end])
+        if not table.num_rows:  # it may lack the columns too
+            continue
+        of = flat(table["position"]).to_numpy()
+        start, end = np.searchsorted(of, [positions[0], positions[-1] + 1])
+        index = np.searchsorted(positions, of[start:end])
         # A source that changed between the passes may lack a row that was to be dropped.
-        there = positions[index] == column[start:end]
-        dropped[index[there]] = True
-        conflict[index[there]] = table["conflict"].slice(start, end - start).to_numpy()[there]
-    return dropped, conflict
+        there = positions[index] == of[start:end]
+        found[index[there]] = table[column].slice(start, end - start).to_numpy()[there]
+    return found

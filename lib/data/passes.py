@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, dedup, grounding
-from lib.data.blocks import Block, Reading
+from lib.data import blocks, clean, dedup, grounding, near
+from lib.data.blocks import Reading
+from lib.data.clusters import LEFT_OUT
+from lib.data.dedup import Reason
 from lib.data.redact import Rules
 from lib.data.redact.columns import redact
 from lib.data.shards import SplitCount, write_shards
@@ -40,6 +43,10 @@ AHEAD_BLOCKS = 2
 SHUFFLE_BYTES = 64 << 20
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
+# What the near duplicates and the leakage check are found by; the bands are flat, some for each row.
+NEAR_COLUMNS = ("worth", "group", "text_bands", "group_bands")
+# Of `among`: no table of places has the row.
+STAYS = -2
 
 
 @dataclass
@@ -58,6 +65,17 @@ class Scanned:
     """The first thing in the source that could not be read."""
     malformed: tuple[int, str] | None = None
     """Position of the first row of a wrong form, and what is wrong with it."""
+    usable: int = 0
+    grouped: bool = False
+    """Whether something else than its text decides the split of a row (`Prepared.groups`)."""
+    sketched: Counter[str] = field(default_factory=Counter)
+    """Name of its bands → of how many hashes the sketches of all usable rows would be at most."""
+    changed: Counter[str] = field(default_factory=Counter)
+    """Step of mending → rows that it changed."""
+    rejected: Counter[str] = field(default_factory=Counter)
+    """Filter → rows that did not pass it."""
+    samples: dict[str, list[tuple[int, str, str]]] = field(default_factory=dict)
+    """Filter → the first of these rows: position, what was measured, how the text begins."""
 
 
 @dataclass
@@ -65,14 +83,30 @@ class Written:
     """What the second pass wrote."""
 
     rows: int = 0
-    duplicate: int = 0
-    conflicting: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Name of a `dedup.Reason` → rows."""
+    moved: int = 0
+    """Rows that went into another split than their own text says, beside what they resemble."""
+    leaking: int = 0
+    """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
     """Position of the first row that could not be encoded, and why."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found of the rows between the passes: references to tables, each sorted by position."""
+
+    rejected: Sequence[Any] = ()
+    """Of `position`."""
+    dropped: Sequence[Any] = ()
+    """dedup.DROPPED."""
+    placed: Sequence[Any] = ()
+    """clusters.PLACED."""
 
 
 def source(reading: Reading, texts: frozenset[str], rules: Rules | None, name: str) -> ray.data.Dataset:
@@ -109,7 +143,7 @@ def redact_block(row: pa.Table, columns: list[str], texts: frozenset[str], rules
 def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
     """First pass, over packed blocks: count what is there and hash every usable text.
 
-    The hashes are a dataset of packed HASH_COLUMNS that lies in the object store while it is referred to.
+    The hashes are a dataset of packed HASH_COLUMNS and NEAR_COLUMNS that lies in the object store while it is referred to.
     """
     hashes = (
         packed.map_batches(
@@ -135,20 +169,52 @@ def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tupl
         scanned.rows += counts["rows"]
         scanned.empty += counts["empty"]
         scanned.unlabelled += counts["unlabelled"]
+        scanned.usable += counts["usable"]
+        scanned.grouped |= counts["grouped"]
+        scanned.sketched.update(counts["sketched"])
+        scanned.changed.update(counts["changed"])
+        scanned.rejected.update(counts["rejected"])
+        for name, samples in counts["samples"].items():
+            known = scanned.samples.setdefault(name, [])
+            known += [tuple(sample) for sample in samples[: settings.data.clean.samples - len(known)]]
         scanned.unknown = scanned.unknown.merge(Unknown(**counts["unknown"]))
         scanned.files.update({int(index): rows for index, rows in counts["files"].items()})
     return scanned, hashes
 
 
-def find_duplicates(reading: Reading, hashes: ray.data.Dataset) -> ray.data.Dataset:
+def find_duplicates(reading: Reading, hashes: ray.data.Dataset, settings: Settings) -> ray.data.Dataset:
     """Shuffle by hash; a dataset of dedup.DROPPED, each block sorted by position."""
     flat = hashes.map_batches(
         blocks.unpack, fn_kwargs={"names": HASH_COLUMNS}, batch_size=None, batch_format="pyarrow"
     )
     groups = flat.groupby("partition", num_partitions=_partitions(reading))
-    found = groups.map_groups(dedup.find_duplicates, batch_format="pyarrow")
+    found = groups.map_groups(
+        dedup.find_duplicates, fn_kwargs={"ranks": reading.ranks(settings)}, batch_format="pyarrow"
+    )
     # A block holds what was found in several partitions, one after the other.
     return found.map_batches(dedup.by_position, batch_size=None, batch_format="pyarrow").materialize()
+
+
+def find_rejected(scanned: Scanned, hashes: ray.data.Dataset) -> ray.data.Dataset | None:
+    """A dataset of the positions that `data.clean` has left out, each block sorted; None where there are none."""
+    rows = sum(scanned.rejected.values())
+    if not rows:
+        return None
+    found = hashes.map_batches(
+        blocks.unpack, fn_kwargs={"names": ("rejected",)}, batch_size=None, batch_format="pyarrow"
+    )
+    # A table for each of many blocks would cost each task of the next pass a look.
+    merged = found.repartition(1 + rows * 8 // SHUFFLE_BYTES)
+    return merged.map_batches(_positions, batch_size=None, batch_format="pyarrow").materialize()
+
+
+def _positions(rows: pa.Table) -> pa.Table:
+    return dedup.by_position(rows.rename_columns(["position"]))
+
+
+def tables(*datasets: ray.data.Dataset | None) -> list[Any]:
+    """References to the tables of what was found."""
+    return [ref for dataset in datasets if dataset is not None for ref in dataset.to_arrow_refs()]
 
 
 def write(
@@ -156,7 +222,7 @@ def write(
     settings: Settings,
     packed: ray.data.Dataset,
     scanned: Scanned,
-    dropped: ray.data.Dataset | None,
+    found: Found,
     uri: str,
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
@@ -173,7 +239,7 @@ def write(
             "reading": reading,
             "settings": settings,
             "first_shards": first_shards,
-            "dropped": dropped.to_arrow_refs() if dropped else [],
+            "found": found,
             "uri": uri,
             "knowledge": knowledge,
         },
@@ -186,12 +252,13 @@ def write(
     for row in rows_of(counts):
         block = json.loads(row["counts"])
         if refused := block.get("refused"):
-            found = (int(refused[0]), str(refused[1]))
-            written.refused = min(written.refused or found, found)
+            first = (int(refused[0]), str(refused[1]))
+            written.refused = min(written.refused or first, first)
             continue
         written.rows += block["rows"]
-        written.duplicate += block["duplicate"]
-        written.conflicting += block["conflicting"]
+        written.dropped.update(block["dropped"])
+        written.moved += block["moved"]
+        written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
         written.redacted.update(block["redacted"])
         for split, count in block["splits"].items():
@@ -261,47 +328,101 @@ def read(fragment: pa.Table, reading: Reading) -> Iterator[pa.Table]:
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A block after the steps that both passes take."""
+class Ready:
+    """A block after the steps that all passes take."""
 
     prepared: Prepared
+    rejected: np.ndarray
+    """Bool [rows]: `data.clean` leaves them out."""
     usable: np.ndarray
-    """Rows of the right form that say something and have a known label."""
+    """Rows of the right form that say something, have a known label and are not rejected."""
     high: np.ndarray
     low: np.ndarray
     """Hash of the text, of usable rows alone."""
     group: np.ndarray
     """What decides the split, of usable rows alone: `low`, or the same of the task's own groups."""
+    worth: np.ndarray
+    """float64, of usable rows alone: which of near duplicates stays."""
+    cleaned: clean.Cleaned
+
+    def compared(self, by_group: bool) -> list[str | None]:
+        """The texts that near duplicates are told by, or those that decide the split; of usable rows alone."""
+        said = self.prepared.compared if self.prepared.compared is not None else self.prepared.texts
+        texts = self.prepared.groups if by_group and self.prepared.groups is not None else said
+        kept: list[str | None] = texts.filter(pa.array(self.usable)).to_pylist()
+        return kept
 
 
-def _prepare(block: Block, settings: Settings) -> _Ready:
-    columns = {name: blocks.flat(block.rows[name]) for name in block.rows.column_names}
-    prepared = load_task(settings.task).prepare(columns, settings.data)
-    usable = ~prepared.empty & (prepared.labels >= 0)
+def prepare(rows: pa.Table, settings: Settings, rejected: Sequence[Any] | None = None) -> Ready:
+    """The columns of a block as the task understands them. `rejected` are the tables of what an earlier pass has left out;
+    without them `data.clean` judges."""
+    task, data = load_task(settings.task), settings.data
+    columns = {name: blocks.flat(rows[name]) for name in rows.column_names}
+    worth = columns.pop("worth", None)
+    cleaned = clean.clean(columns, clean.texts(task), task.LISTS, data.clean, judge=rejected is None)
+    if rejected is None:
+        out = np.zeros(rows.num_rows, bool)
+        out[list(cleaned.rejected)] = True
+    else:
+        positions = columns[blocks.POSITION].to_numpy()
+        out = dedup.among(rejected, positions, blocks.POSITION, -1) >= 0
+    prepared = task.prepare(cleaned.without(out, clean.texts(task)), data)
+    usable = ~prepared.empty & (prepared.labels >= 0) & ~out
+    if worth is not None:
+        worth = _numbers(worth, usable, prepared.malformed)
     usable[list(prepared.malformed)] = False
     high, low = dedup.hash_texts(prepared.texts.filter(pa.array(usable)))
     groups = prepared.groups
     group = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
-    return _Ready(prepared, usable, high, low, group)
+    if data.near.keep == "longest":
+        said = prepared.compared if prepared.compared is not None else prepared.texts
+        worth = np.asarray(pc.utf8_length(said).fill_null(0)).astype(float)
+    worth = np.zeros(rows.num_rows) if worth is None else worth
+    return Ready(prepared, out, usable, high, low, group, worth[usable], cleaned)
+
+
+def _numbers(values: pa.Array, usable: np.ndarray, malformed: dict[int, str]) -> np.ndarray:
+    """float64 [rows] of `data.near.column`, -inf for none; what is no number is told in `malformed`."""
+    numbers = np.full(len(values), -np.inf)
+    for row, value in enumerate(values.to_pylist()):
+        if value is None or not value.strip():
+            continue
+        try:
+            numbers[row] = float(value)
+        except ValueError:
+            numbers[row] = np.nan
+        if np.isnan(numbers[row]):
+            numbers[row] = -np.inf
+            if usable[row]:
+                malformed.setdefault(
+                    row, f"holds {value[:40]!r} in the column of data.near.column, which is no number"
+                )
+    return numbers
 
 
 def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int) -> pa.Table:
     """Runs in a task: counts and hashes of one block."""
     block = blocks.from_row(row, columns)
-    ready = _prepare(block, settings)
-    prepared = ready.prepared
+    ready = prepare(block.rows, settings)
+    prepared, cleaned = ready.prepared, ready.cleaned
     positions = block.rows[blocks.POSITION].to_numpy()
+    empty = prepared.empty & ~ready.rejected
     first_wrong = min(prepared.malformed, default=None)
+    bands, sketched = _bands(ready, settings.data)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
         "rows": len(positions),
-        "empty": int(prepared.empty.sum()),
-        "unlabelled": int((~prepared.empty & (prepared.labels == MISSING)).sum()),
+        "empty": int(empty.sum()),
+        "unlabelled": int((~empty & ~ready.rejected & (prepared.labels == MISSING)).sum()),
         "malformed": None
         if first_wrong is None
         else [int(positions[first_wrong]), prepared.malformed[first_wrong]],
         "unknown": asdict(Unknown.among(prepared.values, prepared.labels, positions)),
         "files": dict(zip(files.tolist(), file_rows.tolist(), strict=True)),
+        "usable": int(ready.usable.sum()),
+        "grouped": prepared.groups is not None,
+        "sketched": sketched,
+        **_cleaned(cleaned, positions, settings.data.clean.samples),
     }
     hashes = {
         "partition": dedup.partition_of(ready.high, partitions),
@@ -309,6 +430,10 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "low": ready.low,
         "position": positions[ready.usable],
         "label": prepared.labels[ready.usable],
+        "rejected": positions[ready.rejected],
+        "worth": ready.worth,
+        "group": ready.group,
+        **bands,
     }
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
@@ -317,12 +442,41 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     )
 
 
+def _cleaned(cleaned: clean.Cleaned, positions: np.ndarray, shown: int) -> dict[str, Any]:
+    """What `data.clean` did in a block, for its counts."""
+    samples: dict[str, list[tuple[int, str, str]]] = {}
+    for row, (name, measured, text) in sorted(cleaned.rejected.items()):
+        known = samples.setdefault(name, [])
+        if len(known) < shown:
+            known.append((int(positions[row]), measured, text))
+    return {
+        "changed": cleaned.changed,
+        "rejected": Counter(name for name, _, _ in cleaned.rejected.values()),
+        "samples": samples,
+    }
+
+
+def _bands(ready: Ready, data: DataSettings) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Keys of the bands of a block's rows, one row after the other, and the sizes of their sketches; none of what nobody
+    will look for."""
+    grouped = ready.prepared.groups is not None
+    wanted = {
+        "text_bands": data.near.duplicates == "drop" or (data.checks_leakage and not grouped),
+        "group_bands": data.checks_leakage and grouped,
+    }
+    keys, sizes = dict.fromkeys(wanted, np.empty(0, np.int64)), {}
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        found, sizes[name] = near.band_keys(ready.compared(name == "group_bands"), data.near)
+        keys[name] = found.ravel()
+    return keys, sizes
+
+
 def write_block(
     row: pa.Table,
     reading: Reading,
     settings: Settings,
     first_shards: Sequence[int],
-    dropped: Sequence[Any],
+    found: Found,
     uri: str,
     knowledge: IndexRef | None = None,
 ) -> pa.Table:
@@ -331,17 +485,24 @@ def write_block(
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task, data = load_task(settings.task), settings.data
     block = blocks.from_row(row, list(reading.columns))
-    ready = _prepare(block, settings)
+    ready = prepare(block.rows, settings, ray.get(list(found.rejected)))
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
-    gone, conflict = dedup.dropped_among(ray.get(list(dropped)), positions)
-    keep = ~gone
+    reasons = dedup.among(ray.get(list(found.dropped)), positions, "reason", 0)
+    placed = dedup.among(ray.get(list(found.placed)), positions, "place", STAYS)
+    moved, leaking = (reasons == 0) & (placed >= 0), (reasons == 0) & (placed == LEFT_OUT)
+    keep = reasons == 0
+    if data.leakage == "check":
+        keep &= ~leaking
     rows = ready.prepared.rows
     for name in data.slices:
         rows = rows.append_column(name, block.rows[name])
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
-    given = reading.splits(positions[keep])
-    places = np.where(given < 0, assign(ready.group[keep], data), given)
+    given = reading.splits(positions)
+    places = np.where(given < 0, assign(ready.group, data), given)
+    if data.leakage == "check":
+        places = np.where(moved, placed, places)
+    places = places[keep].astype(np.int8)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
     rows = rows.filter(pa.array(~spare))
     try:
@@ -359,8 +520,9 @@ def write_block(
         return pa.table({"counts": [json.dumps({"refused": refused})]})
     counts = {
         "rows": block.rows.num_rows,
-        "duplicate": int((gone & ~conflict).sum()),
-        "conflicting": int(conflict.sum()),
+        "dropped": {reason.name.lower(): int((reasons == reason).sum()) for reason in Reason},
+        "moved": int(moved.sum()),
+        "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
         "undersampled": int(spare.sum()),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},

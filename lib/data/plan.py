@@ -13,7 +13,7 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, grounding, sources
+from lib.data import blocks, clean, grounding, sources
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.retrieval.index import current
@@ -95,10 +95,19 @@ def plan(settings: Settings) -> Plan:
             uris, data.format, split, f"data.{split}_source" if split else "data.source"
         )
     ]
+    clean.check(data, clean.texts(task), settings.task)
     columns = {**task.columns(data, column_names(files[0])), **data.slices}
+    if data.near.column is not None:
+        columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
     keys = {
-        f"slices.{name}" if name in data.slices else name if "." in name else f"columns.{name}": column
+        "near.column"
+        if name == "worth"
+        else f"slices.{name}"
+        if name in data.slices
+        else name
+        if "." in name
+        else f"columns.{name}": column
         for name, column in columns.items()
     }
     tables = {

@@ -28,7 +28,7 @@ def kept(hashes: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
 
 def _place(hashes: np.ndarray, seed: int) -> np.ndarray:
     """Even in [0, 1), float64 [rows], from 64-bit hashes and a seed."""
-    mixed = _mix(hashes.astype(np.uint64) ^ _mix(np.array([seed % 2**64], np.uint64)))
+    mixed = mix(hashes.astype(np.uint64) ^ mix(np.array([seed % 2**64], np.uint64)))
     # The 53 upper bits as a float: all that a double holds exactly.
     place: np.ndarray = (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return place
@@ -43,7 +43,7 @@ def bounds(split_shares: dict[str, float]) -> np.ndarray:
     return ends[:-1]
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function (Steele, Lea and Flood 2014): each input bit reaches each output bit."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)

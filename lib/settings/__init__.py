@@ -6,6 +6,13 @@ wrong types and impossible values end in one line that names the key (ConfigErro
 nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 """
 
+from lib.settings.cleaning import (
+    Bounds,
+    CleanSettings,
+    LengthSettings,
+    NearSettings,
+    RepetitionSettings,
+)
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
 from lib.settings.evaluation import (
     REFUSALS,
@@ -54,8 +61,10 @@ __all__ = [
     "AdapterSettings",
     "AnswerSettings",
     "Behaviour",
+    "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
@@ -68,10 +77,12 @@ __all__ = [
     "JudgeSettings",
     "KnowledgeSettings",
     "Labelled",
+    "LengthSettings",
     "LogSettings",
     "ModelSettings",
     "MonitoringSettings",
     "NameSettings",
+    "NearSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -81,6 +92,7 @@ __all__ = [
     "PromotionSettings",
     "RecommenderSettings",
     "RedactionSettings",
+    "RepetitionSettings",
     "ScoreSettings",
     "SearchSettings",
     "ServingSettings",

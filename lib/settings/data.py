@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from lib.errors import nearest
+from lib.settings.cleaning import CleanSettings, NearSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Name, Positive, Section, Share
@@ -42,6 +43,7 @@ RESERVED_COLUMNS = {
     "number",
     "position",
     "problem",
+    "worth",
 }
 
 
@@ -93,6 +95,10 @@ def _label_values(value: Any) -> Any:
     if isinstance(value, (dict, list)) and not value:
         raise ValueError("at least one label is needed")
     return value
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
@@ -175,6 +181,11 @@ class DataSettings(Labelled):
     """Personal data is replaced before anything is hashed, split or written; false keeps it."""
     duplicates: Literal["drop", "keep"] = "drop"
     """keep: as they are, where the splits of a published data set are given and its figures are compared."""
+    near: NearSettings = NearSettings()
+    leakage: Annotated[Literal["check", "report", "off"], BeforeValidator(_off)] = "check"
+    """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
+    validation, test) is left out. report: such rows are counted, and stay where they are."""
+    clean: CleanSettings = CleanSettings()
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
@@ -221,6 +232,12 @@ class DataSettings(Labelled):
         return self
 
     @model_validator(mode="after")
+    def _near(self) -> DataSettings:
+        if self.near.duplicates == "drop" and self.duplicates == "keep":
+            raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        return self
+
+    @model_validator(mode="after")
     def _undersample(self) -> DataSettings:
         if self.undersample and self.heads:
             raise ValueError("undersample: a row of several heads has no single label; leave it out")
@@ -247,6 +264,11 @@ class DataSettings(Labelled):
             for name in ("train", "validation", "test")
         }
         return {name: share / sum(shares.values()) for name, share in shares.items()}
+
+    @property
+    def checks_leakage(self) -> bool:
+        """Whether near duplicates are looked for that lie in several splits."""
+        return self.leakage != "off" and (len(self.sources) > 1 or max(self.shares.values()) < 1)
 
     @property
     def class_names(self) -> list[str]:

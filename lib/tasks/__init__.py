@@ -57,6 +57,8 @@ class Prepared:
     """Row → what is wrong with its form."""
     groups: pa.Array | None = None
     """string: rows of one group fall into one split; None where equal texts are the groups."""
+    compared: pa.Array | None = None
+    """string: what near duplicates are told by; None where it is `texts`."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class Task(Protocol):
     LISTS: frozenset[str]
     """Columns of the source, by their names here, that hold lists or objects; they arrive as JSON."""
     TEXTS: frozenset[str]
-    """Columns of the source, by their names here, that hold what people wrote: personal data is taken out of them."""
+    """Columns of the source, by their names here, that hold what people wrote: personal data is taken out of them, and
+    `data.clean` mends and judges them."""
     BASELINE: Literal["tfidf", "lookup"]
     """What the task is compared with beside the most frequent class (`lib.evaluation.baselines`)."""
 

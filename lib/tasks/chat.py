@@ -93,6 +93,7 @@ def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
         empty=empty,
         malformed=malformed,
         groups=pa.array([text.casefold() for text in openings.to_pylist()], pa.string()),
+        compared=pa.array(["\n".join(turn["content"] for turn in turns) for turns in found], pa.string()),
     )
 
 

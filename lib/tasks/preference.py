@@ -52,7 +52,7 @@ JUDGED: Literal["classes", "answers"] = "answers"
 REFERENCE = True
 """Training reads the columns that `lib.training.reference` adds."""
 LISTS = frozenset({"prompt", "chosen", "rejected"})
-TEXTS = frozenset({"prompt", "chosen", "rejected"})
+TEXTS = frozenset({"prompt", "chosen", "rejected", "system"})
 SIDES = ("chosen", "rejected")
 # A dialogue's tokens as a column, of each side; the chosen one has the names that chat evaluation reads.
 FEATURES = {"chosen": ("input_ids", "labels"), "rejected": ("rejected_input_ids", "rejected_labels")}
@@ -95,6 +95,9 @@ def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
     differs = np.array([a != b for a, b in zip(chosen, rejected, strict=True)], bool)
     openings = normalise(pa.array([dialogues.opening(turns) for turns in chosen], pa.string()))
     texts = [json.dumps(both, ensure_ascii=False) for both in zip(chosen, rejected, strict=True)]
+    said = [
+        "\n".join(turn["content"] for turn in [*a, *b[-1:]]) for a, b in zip(chosen, rejected, strict=True)
+    ]
     return Prepared(
         rows=pa.table(
             {"messages": pa.array(chosen, MESSAGES), "rejected_messages": pa.array(rejected, MESSAGES)}
@@ -105,6 +108,7 @@ def prepare(source: dict[str, pa.Array], data: DataSettings) -> Prepared:
         empty=empty,
         malformed=malformed,
         groups=pa.array([text.casefold() for text in openings.to_pylist()], pa.string()),
+        compared=pa.array(said, pa.string()),
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,9 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import SPLITS
-from lib.data import passes
+from lib.data import near_passes, passes
 from lib.data.build import build
-from lib.data.plan import plan
+from lib.data.plan import Plan, plan
 from lib.errors import DataError
 from lib.settings import Settings
 from tests.conftest import WORDS
@@ -81,6 +83,9 @@ def test_a_dataset_holds_every_good_row_once(tiny_base: Path, source: Path) -> N
         "unlabelled": 3,
         "duplicate": 6,
         "conflicting": 4,
+        "near_duplicate": 0,
+        "near_conflicting": 0,
+        "leaking": 0,
         "undersampled": 0,
     }
     assert [s["rows"] for s in manifest["sources"]] == [100, 100, 100]
@@ -188,6 +193,213 @@ def test_duplicates_are_found_across_partitions_and_blocks(
     assert sorted(pa.concat_tables(read(planned.ref.uri).values())["text"].to_pylist()) == sorted(
         sentence(i) for i in range(700)
     )
+
+
+def varied(number: int, variant: int = 0) -> str:
+    """A text of 40 words, another one for each number; variants differ in a word each."""
+    rng = random.Random(number)
+    words = rng.choices(WORDS, k=40)
+    if variant:
+        words[variant * 7] = "xyz"[variant - 1] * 2
+    return " ".join(words)
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    return str(path)
+
+
+def near_rows() -> list[dict[str, Any]]:
+    """30 texts in 1 to 4 variants each, one behind the other of another text; some of another label, rated."""
+    return [
+        {"text": varied(i, variant), "label": 1 + (variant == 3), "rated": str(variant)}
+        for variant in range(4)
+        for i in range(30)
+        if variant <= i % 4
+    ]
+
+
+@pytest.mark.parametrize(
+    ("keep", "variant"),
+    [({"keep": "first"}, lambda i: 0), ({"keep": "best", "column": "rated"}, lambda i: i % 4)],
+)
+def test_of_near_duplicates_the_best_stays(
+    tiny_base: Path, tmp_path: Path, keep: dict[str, str], variant: Callable[[int], int]
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", near_rows())
+    planned = plan(settings(tiny_base, source, near={"duplicates": "drop", **keep}))
+    manifest = build(planned)
+    dropped = manifest["dropped"]
+    assert dropped["near_duplicate"] + dropped["near_conflicting"] == len(near_rows()) - 30
+    assert dropped["near_conflicting"] == (7 if keep["keep"] == "first" else 21)
+    assert manifest["leakage"] == {"mode": "check", "moved": 0, "leaking": 0}
+    texts = pa.concat_tables(read(planned.ref.uri).values())["text"].to_pylist()
+    assert sorted(texts) == sorted(varied(i, variant(i)) for i in range(30))
+
+
+@pytest.mark.slow
+def test_near_duplicates_lie_in_one_split_and_are_counted(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", near_rows())
+    split = {"train": 0.4, "validation": 0.3, "test": 0.3}
+    unchecked = plan(settings(tiny_base, source, split=split, leakage="off"))
+    before = {text: name for name, t in read_after(unchecked).items() for text in t["text"].to_pylist()}
+    checked = plan(settings(tiny_base, source, split=split))
+    manifest = build(checked)
+    after = {text: name for name, t in read(checked.ref.uri).items() for text in t["text"].to_pylist()}
+    assert set(after) == set(before)
+    for i in range(30):
+        places = {after[varied(i, variant)] for variant in range(i % 4 + 1)}
+        assert places == {before[varied(i)]}  # where the first of them goes, whatever the others are
+    moved = sum(after[text] != before[text] for text in after)
+    assert manifest["leakage"] == {"mode": "check", "moved": moved, "leaking": 0}
+    assert moved > 10
+    reported = plan(settings(tiny_base, source, split=split, leakage="report"))
+    manifest = build(reported)
+    assert manifest["leakage"] == {"mode": "report", "moved": moved, "leaking": 0}
+    assert contents(reported.ref.uri) == contents(unchecked.ref.uri)
+    # With other machines, smaller partitions, and clusters that no task could join alone.
+    first = contents(checked.ref.uri)
+    files.remove(checked.ref.uri)
+    monkeypatch.setattr(near_passes, "PARTITION_BYTES", 2000)
+    monkeypatch.setattr(near_passes.clusters, "LOCAL_LINKS", 0)
+    monkeypatch.setattr(passes, "parallel_tasks", lambda: 1)
+    build(plan(settings(tiny_base, source, split=split)))
+    assert contents(checked.ref.uri) == first
+
+
+def read_after(planned: Plan) -> dict[str, pa.Table]:
+    build(planned)
+    return read(planned.ref.uri)
+
+
+def test_training_rows_that_resemble_a_given_test_row_are_left_out(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"text": varied(i), "label": 1 + i % 2} for i in range(40)]
+    test = [{"text": varied(i, 1), "label": 1} for i in range(10)] + [
+        rows[10],
+        {"text": varied(90), "label": 1},
+    ]
+    given = {"test_source": write_jsonl(tmp_path / "test.jsonl", test)}
+    source = write_jsonl(tmp_path / "train.jsonl", rows)
+    for extra in ({}, {"near": {"duplicates": "drop"}}):
+        planned = plan(settings(tiny_base, source, **given, **extra))
+        manifest = build(planned)
+        assert manifest["dropped"]["leaking"] == 11
+        assert manifest["leakage"]["leaking"] == 11
+        assert manifest["splits"]["test"]["rows"] == 12
+        tables = read(planned.ref.uri)
+        assert sorted(tables["test"]["text"].to_pylist()) == sorted(row["text"] for row in test)
+        kept = [text for split in ("train", "validation") for text in tables[split]["text"].to_pylist()]
+        assert sorted(kept) == sorted(varied(i) for i in range(11, 40))
+    # Where duplicates are kept, equals leak just as well.
+    keeping = plan(settings(tiny_base, source, **given, duplicates="keep"))
+    assert build(keeping)["leakage"]["leaking"] == 11
+    reported = build(plan(settings(tiny_base, source, **given, duplicates="keep", leakage="report")))
+    assert reported["leakage"] == {"mode": "report", "moved": 0, "leaking": 11}
+    assert sum(count["rows"] for count in reported["splits"].values()) == 52
+
+
+def test_many_equals_and_odd_texts_are_no_trouble(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"text": varied(1) + " " * (i % 3), "label": 1} for i in range(100_000)]
+    rows += [
+        {"text": varied(1, 1), "label": 1},
+        {"text": "fits " * 200_000, "label": 2},
+        {"text": "okay", "label": 2},
+    ]
+    rows += [{"text": "", "label": 1}] + [
+        {"text": f"{word} {i}", "label": 1} for word in WORDS for i in range(5)
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    manifest = build(plan(settings(tiny_base, source, rows_per_shard=20_000, near={"duplicates": "drop"})))
+    assert manifest["dropped"]["duplicate"] == 99_999
+    assert manifest["dropped"]["near_duplicate"] == 1
+    keeping = plan(settings(tiny_base, source, rows_per_shard=20_000, duplicates="keep", split={"seed": 1}))
+    manifest = build(keeping)
+    assert sum(count["rows"] for count in manifest["splits"].values()) == len(rows) - 1
+    homes = {name for name, t in read(keeping.ref.uri).items() if varied(1) in t["text"].to_pylist()}
+    assert len(homes) == 1
+
+
+def test_cleaning_mends_and_leaves_out_and_says_so(tiny_base: Path, tmp_path: Path) -> None:
+    english = "The dress arrived on Tuesday and I have worn it every day since then, number"
+    rows = [{"text": f"<p>{english} {i * 7919}</p>", "label": 1 + i % 2} for i in range(60)]
+    rows[5:5] = [{"text": "Das Kleid kam am Dienstag an, und ich trage es jeden Tag", "label": 1}] * 2
+    rows[9:9] = [{"text": "no", "label": 1}, {"text": "<br>", "label": 1}, {"text": "", "label": 1}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    wanted = {"html": True, "languages": ["en"], "length": {"words": {"least": 3}}, "samples": 1}
+    # All of them are near duplicates, and so of one split.
+    with pytest.raises(
+        DataError, match=r"the validation split would be empty: \d+ of 60 rows went where their near"
+    ):
+        build(plan(settings(tiny_base, source, clean=wanted)))
+    planned = plan(settings(tiny_base, source, clean=wanted, leakage="off"))
+    manifest = build(planned)
+    dropped = manifest["dropped"]
+    assert {name: dropped[name] for name in ("empty", "emptied", "length", "languages", "duplicate")} == {
+        "empty": 1, "emptied": 1, "length": 1, "languages": 2, "duplicate": 0,
+    }  # fmt: skip
+    assert manifest["cleaned"]["changed"] == {"html": 61}
+    assert manifest["cleaned"]["rejected"]["languages"] == [
+        {"row": f"{source} row 6", "measured": "de (1.00)", "text": rows[5]["text"]}
+    ]
+    assert set(manifest["cleaned"]["rejected"]) == {"emptied", "length", "languages"}
+    texts = pa.concat_tables(read(planned.ref.uri).values())["text"].to_pylist()
+    assert sorted(texts) == sorted(f"{english} {i * 7919}" for i in range(60))
+    with pytest.raises(
+        DataError,
+        match=r"no usable row in .*: of 65, 1 have no text and 0 no label; 64 do not pass data\.clean",
+    ):
+        build(
+            plan(settings(tiny_base, source, clean={"languages": ["ja"], "length": {"words": {"least": 3}}}))
+        )
+
+
+@pytest.mark.slow
+def test_dialogues_are_cleaned_and_compared_by_what_opens_them(tmp_path: Path) -> None:
+    def dialogue(question: str, answer: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": turns}
+
+    questions = [
+        f"How do I change the size {i * i} of my order {i * 31} before it is sent to me at home"
+        for i in range(40)
+    ]
+    rows = [dialogue(question, f"<b>You do</b> {i}") for i, question in enumerate(questions)]
+    rows += [dialogue(question.replace("at home", "at last"), "Another answer") for question in questions]
+    rows += [dialogue("Hi", "<!-- nothing -->")]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    values = {
+        "source": source,
+        "split": {"train": 0.4, "validation": 0.3, "test": 0.3},
+        "clean": {"html": True},
+    }
+    model = {"base": "sample://smollm2-135m-instruct", "max_length": 128}
+    planned = plan(Settings.model_validate({"name": "talk", "task": "chat", "data": values, "model": model}))
+    manifest = build(planned)
+    assert manifest["dropped"]["emptied"] == 1
+    assert manifest["leakage"]["moved"] > 10
+    opened = {
+        messages[0]["content"]: name
+        for name, table in read(planned.ref.uri).items()
+        for messages in table["messages"].to_pylist()
+    }
+    assert len(opened) == 80
+    assert all(opened[question] == opened[question.replace("at home", "at last")] for question in questions)
+    answers = {m[1]["content"] for t in read(planned.ref.uri).values() for m in t["messages"].to_pylist()}
+    assert answers == {*(f"You do {i}" for i in range(40)), "Another answer"}
+
+
+def test_what_is_no_number_in_the_column_of_the_best_is_told(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [{"text": varied(i), "label": 1, "rated": "3" if i != 7 else "good"} for i in range(20)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    near = {"duplicates": "drop", "keep": "best", "column": "rated"}
+    with pytest.raises(
+        DataError, match=r"row 8 holds 'good' in the column of data\.near\.column, which is no number"
+    ):
+        build(plan(settings(tiny_base, source, near=near)))
+    with pytest.raises(DataError, match=r"no column 'rating' \(data\.near\.column\)"):
+        plan(settings(tiny_base, source, near={**near, "column": "rating"}))
 
 
 def test_limit_and_seed_and_shares(tiny_base: Path, source: Path) -> None:

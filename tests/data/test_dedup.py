@@ -7,9 +7,12 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 
+from lib.artifacts import SPLITS
+from lib.data.blocks import ROW_BITS
 from lib.data.dedup import (
+    Reason,
+    among,
     by_position,
-    dropped_among,
     find_duplicates,
     hash_texts,
     partition_of,
@@ -21,7 +24,12 @@ from lib.data.dedup import (
 def rows(texts: list[str], labels: list[int], positions: list[int]) -> pa.Table:
     high, low = hash_texts(pa.array(texts))
     return pa.table(
-        {"high": high, "low": low, "position": np.array(positions), "label": np.array(labels, np.int32)}
+        {
+            "high": high,
+            "low": low,
+            "position": np.array(positions, np.int64),
+            "label": np.array(labels, np.int32),
+        }
     )
 
 
@@ -32,11 +40,27 @@ def test_the_hash_is_blake2b_and_the_id_its_beginning() -> None:
     assert row_ids(low)[0].as_py() == digest[16:]
 
 
+ONE_FILE = np.zeros(1, np.int8)
+
+
 def test_the_first_in_source_order_is_kept() -> None:
     # Rows come in any order: tasks finish when they finish.
     table = rows(["b", "a", "a", "c", "a", "b"], [0, 1, 1, 2, 0, 0], [50, 40, 10, 30, 20, 5])
-    found = by_position(find_duplicates(table))
-    assert found.to_pydict() == {"position": [20, 40, 50], "conflict": [True, False, False]}
+    found = by_position(find_duplicates(table, ONE_FILE))
+    assert found.to_pydict() == {
+        "position": [20, 40, 50],
+        "reason": [Reason.CONFLICTING, Reason.DUPLICATE, Reason.DUPLICATE],
+    }
+
+
+def test_of_a_split_that_is_given_no_row_goes_for_a_row_that_is_drawn() -> None:
+    second_file = 1 << ROW_BITS
+    table = rows(["a", "a", "b", "a", "b"], [0, 0, 0, 1, 0], [0, second_file, 1, second_file + 1, 2])
+    given = np.array([-1, SPLITS.index("test")], np.int8)
+    assert by_position(find_duplicates(table, given)).to_pydict() == {
+        "position": [0, 2, second_file + 1],
+        "reason": [Reason.LEAKING, Reason.DUPLICATE, Reason.CONFLICTING],
+    }
 
 
 def test_only_whole_hashes_count() -> None:
@@ -48,26 +72,25 @@ def test_only_whole_hashes_count() -> None:
             "label": np.zeros(3, np.int32),
         }
     )
-    assert find_duplicates(table).num_rows == 0
+    assert find_duplicates(table, ONE_FILE).num_rows == 0
 
 
 def test_nothing_gives_nothing() -> None:
     empty = rows([], [], []).slice(0, 0)
-    assert find_duplicates(empty).num_rows == 0
+    assert find_duplicates(empty, ONE_FILE).num_rows == 0
 
 
-def test_dropped_among_looks_into_all_partitions() -> None:
+def test_among_looks_into_all_tables() -> None:
     tables = [
-        pa.table({"position": np.array([2, 9, 11]), "conflict": [False, True, False]}),
-        pa.table({"position": np.array([], np.int64), "conflict": pa.array([], pa.bool_())}),
-        pa.table({"position": np.array([10, 30]), "conflict": [True, False]}),
+        pa.table({"position": np.array([2, 9, 11]), "reason": np.array([1, 2, 1], np.int8)}),
+        pa.table({"position": np.array([], np.int64), "reason": pa.array([], pa.int8())}),
+        pa.table({}),
+        pa.table({"position": np.array([10, 30]), "reason": np.array([5, 1], np.int8)}),
     ]
-    dropped, conflict = dropped_among(tables, np.array([8, 9, 10, 11, 12]))
-    assert dropped.tolist() == [False, True, True, True, False]
-    assert conflict.tolist() == [False, True, True, False, False]
-    assert dropped_among(tables, np.array([], np.int64))[0].tolist() == []
+    assert among(tables, np.array([8, 9, 10, 11, 12]), "reason", 0).tolist() == [0, 2, 5, 1, 0]
+    assert among(tables, np.array([], np.int64), "reason", 0).tolist() == []
     # Positions that are not there are no one's.
-    assert dropped_among(tables, np.array([8, 12]))[0].tolist() == [False, False]
+    assert among(tables, np.array([8, 12]), "reason", 0).tolist() == [0, 0]
 
 
 def test_partitions_are_even_and_bounded() -> None:

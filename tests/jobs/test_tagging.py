@@ -154,8 +154,15 @@ def test_a_row_of_a_wrong_form_ends_in_one_line(settings: Settings, tmp_path: Pa
 
 def test_a_test_split_of_nothing_but_repetitions_is_refused(settings: Settings, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text((tmp_path / "train.jsonl").read_text())
-    dropping = settings.model_copy(update={"data": settings.data.model_copy(update={"duplicates": "drop"})})
+    update = {"duplicates": "drop", "leakage": "off"}
+    dropping = settings.model_copy(update={"data": settings.data.model_copy(update=update)})
     with pytest.raises(
         DataError, match=r"the test split would be empty: no row of data\.test_source is left"
     ):
         preprocess(dropping)
+    # With the check, which is the default, it is the training rows that go.
+    checked = settings.model_copy(update={"data": settings.data.model_copy(update={"duplicates": "drop"})})
+    with pytest.raises(
+        DataError, match=r"the train split would be empty: \d+ rows say the same as rows of a split"
+    ):
+        preprocess(checked)
