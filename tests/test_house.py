@@ -44,7 +44,7 @@ def test_lock_holds_every_requirement_and_is_what_is_installed() -> None:
     names = {canonical(n): v for n, v in locked.items()}
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["samples"], *extras["chat"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *(r for extra in extras.values() for r in extra)]:
         name = canonical(re.split(r"[\[<>=]", requirement)[0])
         assert name in names, f"{name} is not in requirements.lock; make lock"
         assert version(name).split("+")[0] == names[name]
