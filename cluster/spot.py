@@ -38,7 +38,9 @@ class Amazon(AWSNodeProvider):
         try:
             return super().create_node(node_config, tags, count)
         except (NodeLaunchException, ClientError) as error:
-            code = error.category if isinstance(error, NodeLaunchException) else error.response["Error"]["Code"]
+            code = (
+                error.category if isinstance(error, NodeLaunchException) else error.response["Error"]["Code"]
+            )
             if "InstanceMarketOptions" not in node_config or code not in AMAZON:
                 raise
             logger.warning(
@@ -60,7 +62,9 @@ class Google(GCPNodeProvider):
     def _create_one(self, base_config: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
         try:
             return super().create_node(base_config, tags, 1)
-        except Exception as error:  # a failed operation is a bare Exception, whose argument is what the cloud said
+        except (
+            Exception
+        ) as error:  # a failed operation is a bare Exception, whose argument is what the cloud said
             spare = base_config.get("scheduling", {}).get("provisioningModel") == "SPOT"
             if not spare or not any(code in said(error) for code in GOOGLE):
                 raise

@@ -75,8 +75,16 @@ def test_readme_commands_exist() -> None:
         ), target
     for module in re.findall(r"python -m ((?:jobs|serve|cluster)\.\w+)", text):
         assert Path(module.replace(".", "/") + ".py").is_file(), module
-    for path in re.findall(r"(?:jobs|serve)/[\w/]+\.yaml", text):
+    for path in re.findall(r"(?:cluster|jobs|serve)/[\w/]+\.yaml|cluster/Dockerfile", text):
         assert Path(path).is_file(), path
+    given = set(re.findall(r"--build-arg (\w+)=", text))
+    assert given == set(re.findall(r"^ARG (\w+)", Path("cluster/Dockerfile").read_text(), re.M)) - {
+        "REVISION"
+    }
+    from ray.scripts.scripts import cli
+
+    for command in re.findall(r"^(?:\.venv/bin/|RAY_\S+ \.venv/bin/)ray ([a-z-]+)", text, re.M):
+        assert command in cli.commands, command
     for image in re.findall(r"\]\((\.github/[^)]+)\)", text):
         assert Path(image).is_file(), image
 

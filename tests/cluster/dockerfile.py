@@ -132,7 +132,8 @@ class Replay:
             elif verb == "COPY":
                 self.copy(text.split(), others)
             elif verb == "RUN" and run.search(text):
-                self.run(["/bin/sh", "-c", text], user=self.user).check_returncode()
+                done = self.run(["/bin/sh", "-c", text], user=self.user)
+                assert done.returncode == 0, f"RUN {text}: {(done.stdout + done.stderr)[-3000:]}"
             elif verb == "RUN":
                 left.append(text)
         return left
