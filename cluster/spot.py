@@ -35,8 +35,9 @@ class Amazon(AWSNodeProvider):
     """Ray's provider has tried every subnet, so every zone, by the time it raises."""
 
     def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
+        made: dict[str, Any]
         try:
-            return super().create_node(node_config, tags, count)
+            made = super().create_node(node_config, tags, count)
         except (NodeLaunchException, ClientError) as error:
             code = (
                 error.category if isinstance(error, NodeLaunchException) else error.response["Error"]["Code"]
@@ -47,7 +48,8 @@ class Amazon(AWSNodeProvider):
                 "no spare capacity (%s): %d of %s on demand", code, count, node_config["InstanceType"]
             )
             full = {key: value for key, value in node_config.items() if key != "InstanceMarketOptions"}
-            return super().create_node(full, tags, count)
+            made = super().create_node(full, tags, count)
+        return made
 
 
 class Google(GCPNodeProvider):
@@ -60,19 +62,20 @@ class Google(GCPNodeProvider):
         return made
 
     def _create_one(self, base_config: dict[str, Any], tags: dict[str, str]) -> dict[str, Any]:
+        made: dict[str, Any]
         try:
-            return super().create_node(base_config, tags, 1)
-        except (
-            Exception
-        ) as error:  # a failed operation is a bare Exception, whose argument is what the cloud said
+            made = super().create_node(base_config, tags, 1)
+        # A failed operation is a bare Exception, whose argument is what the cloud said.
+        except Exception as error:
             spare = base_config.get("scheduling", {}).get("provisioningModel") == "SPOT"
             if not spare or not any(code in said(error) for code in GOOGLE):
                 raise
             logger.warning("no spare capacity (%s): one of %s on demand", error, base_config["machineType"])
             scheduling = {"onHostMaintenance": "TERMINATE"}  # machines with GPUs cannot be moved
-            return super().create_node({**base_config, "scheduling": scheduling}, tags, 1)
+            made = super().create_node({**base_config, "scheduling": scheduling}, tags, 1)
+        return made
 
 
 def said(error: Exception) -> str:
     """What the cloud says of a request that it refused, or of an operation that failed."""
-    return error.content.decode(errors="replace") if isinstance(error, HttpError) else str(error)
+    return str(error.content) if isinstance(error, HttpError) else str(error)

@@ -193,8 +193,6 @@ def bootstrapped() -> Iterator[dict[str, Any]]:
             kind["node_config"]["ImageId"] = image
         provider = _get_node_provider_cls(config["provider"])
         assert provider is spot.Amazon
-        config = provider.fillout_available_node_types_resources(config)
-        validate_config(config)
         yield provider.bootstrap_config(config)
 
 
