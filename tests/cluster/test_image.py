@@ -210,7 +210,7 @@ def started(image: Replay, tmp: Path) -> Iterator[dict[str, str]]:
     try:
         yield ports
     finally:
-        family = [*head.children(recursive=True), head]
+        family = [*head.children(recursive=True), head] if head.is_running() else []
         for process in family:
             process.terminate()
         for process in psutil.wait_procs(family, timeout=20)[1]:
@@ -352,7 +352,11 @@ def used(image: Replay) -> None:
     assert proxy.returncode == 0, proxy.stderr
     offload = "from lib.settings.training import TrainingSettings as T; from lib.training import disk"
     refused = image.run(
-        ["python", "-c", f"{offload}; disk.check(T(offload='optimizer', offload_path='/tmp/o'))"],
+        [
+            "python",
+            "-c",
+            f"{offload}; disk.check(T(zero_stage=3, offload='optimizer', offload_path='/tmp/o'))",
+        ],
         HOME="/home/ray",
     )
     assert "cannot be built here" in refused.stderr

@@ -177,6 +177,7 @@ def amazon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         furnished(tmp_path_factory.mktemp("home"), patch)
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"):
             patch.setenv(name, "testing")
+        patch.setenv("MOTO_EC2_LOAD_DEFAULT_AMIS", "false")  # hundreds, which take seconds
         yield from bootstrapped()
 
 
@@ -187,7 +188,9 @@ def bootstrapped() -> Iterator[dict[str, Any]]:
             iam.create_instance_profile(InstanceProfileName=name)
         config = prepared(FILES[0])
         # moto has no Systems Manager behind EC2, so it is given an image by its number.
-        image = boto3.client("ec2", REGION).describe_images()["Images"][0]["ImageId"]
+        image = boto3.client("ec2", REGION).register_image(Name="ubuntu", RootDeviceName="/dev/sda1")[
+            "ImageId"
+        ]
         for kind in config["available_node_types"].values():
             assert kind["node_config"]["ImageId"].startswith("resolve:ssm:/aws/service/")
             kind["node_config"]["ImageId"] = image
