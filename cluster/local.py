@@ -37,7 +37,7 @@ from typing import Any
 
 import psutil
 
-from cluster import ingress, machines
+from cluster import ingress, machines, node
 from lib import storage, tracking
 from lib.command import ALONE, MIN_LOGICAL_CPUS, STATE, running_cluster
 from lib.errors import ResourceError, WhorlError
@@ -57,26 +57,7 @@ def temporary_folder() -> Path:
 
 def environment() -> dict[str, str]:
     """What every process of the cluster, and every client of it, must have in its environment."""
-    scripts = str(Path(sys.executable).parent)
-    return {
-        **tracking.places(),
-        "RAY_AUTH_MODE": "token",
-        **ingress.environment(),
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        # `serve deploy` imports serve.sentiment on the head, outside any job's working directory.
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(storage.PROJECT), os.environ.get("PYTHONPATH")])),
-        # A job's `python` is the first on the head's path.
-        "PATH": os.pathsep.join([scripts, os.environ.get("PATH", "")]),
-        # A worker's process group dies with it: a killed replica leaves no vLLM engine that holds its memory.
-        "RAY_process_group_cleanup_enabled": "1",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        **ALONE,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        # The page only shows what jobs wrote: its own workers would be ten processes of 240 MB.
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "DO_NOT_TRACK": "true",
-    }
+    return {**tracking.places(), **node.environment(), **ALONE}
 
 
 def up(arguments: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ def test_lock_holds_every_requirement_and_is_what_is_installed() -> None:
     names = {canonical(n): v for n, v in locked.items()}
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for requirement in [*project["dependencies"], *extras["samples"], *extras["chat"], *extras["dev"]]:
+    for requirement in [*project["dependencies"], *(r for extra in extras.values() for r in extra)]:
         name = canonical(re.split(r"[\[<>=]", requirement)[0])
         assert name in names, f"{name} is not in requirements.lock; make lock"
         assert version(name).split("+")[0] == names[name]
@@ -75,8 +75,16 @@ def test_readme_commands_exist() -> None:
         ), target
     for module in re.findall(r"python -m ((?:jobs|serve|cluster)\.\w+)", text):
         assert Path(module.replace(".", "/") + ".py").is_file(), module
-    for path in re.findall(r"(?:jobs|serve)/[\w/]+\.yaml", text):
+    for path in re.findall(r"(?:cluster|jobs|serve)/[\w/]+\.yaml|cluster/Dockerfile", text):
         assert Path(path).is_file(), path
+    given = set(re.findall(r"--build-arg (\w+)=", text))
+    assert given == set(re.findall(r"^ARG (\w+)", Path("cluster/Dockerfile").read_text(), re.M)) - {
+        "REVISION"
+    }
+    from ray.scripts.scripts import cli
+
+    for command in re.findall(r"^(?:\.venv/bin/|RAY_\S+ \.venv/bin/)ray ([a-z-]+)", text, re.M):
+        assert command in cli.commands, command
     for image in re.findall(r"\]\((\.github/[^)]+)\)", text):
         assert Path(image).is_file(), image
 

@@ -62,11 +62,12 @@ class Ingress:
         return self.start("-sf", str(self.processes[-1].pid), "-x", str(self.socket), says=says)
 
     def pid(self) -> int:
-        """Of whom the admin socket says that it answers; 0: of nobody."""
+        """Of whom the admin socket says that it answers; 0: of nobody, as in the moment of a reload."""
         try:
-            return int(re.findall(rb"(?m)^Pid: (\d+)", ask(str(self.socket), b"show info\n"))[0])
+            found = re.search(rb"(?m)^Pid: (\d+)", ask(str(self.socket), b"show info\n"))
         except OSError:
             return 0
+        return int(found[1]) if found else 0
 
     def said(self) -> str:
         return (self.folder / "stderr").read_text()

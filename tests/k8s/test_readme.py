@@ -19,8 +19,6 @@ from tests.k8s.building import FOLDER, KUBECTL, OVERLAYS, ROOT, Document
 
 PAGE = FOLDER / "README.md"
 TEXT = PAGE.read_text()
-# Written beside this folder: the image.
-IMAGE = "cluster/Dockerfile"
 # Names that KubeRay gives to what it makes of ours.
 BY_KUBERAY = {"service/whorl-service-serve-svc", "service/whorl-service-head-svc", "job/whorl-restore"}
 TOOLS = ("kubectl", "kind", "docker", "helm", "curl", "python", "git")
@@ -89,7 +87,7 @@ def test_what_a_command_names_is_there(one: list[str]) -> None:
         if flag == "-k":
             assert path.removeprefix("k8s/") in OVERLAYS, path
         if flag in ("-f", "--values", "--file", "--config") and path != "mine.yaml" and "/" in path:
-            assert (ROOT / path).exists() or path == IMAGE, path
+            assert (ROOT / path).exists(), path
         if flag == "-m":
             assert (ROOT / (path.replace(".", "/") + ".py")).is_file(), path
 
