@@ -38,7 +38,7 @@ from tests.rehearsal.traffic import Traffic
 
 PATH, BODY = "/v1/sentiment", json.dumps({"inputs": ["the dress fits well", "it fell apart"]}).encode()
 # So that the jobs take minutes here.
-SMALL = "--data.limit 12000 --promotion.require true"
+SMALL = "--data.limit 12000 --promotion.metric accuracy --promotion.require true"
 ZERO = (
     "--data.limit 1500 --training.zero_stage 3 --training.workers 2 --training.cpus_per_worker 5 --training.epochs 2 "
     "--training.checkpoint_every 10 --training.max_failures 3 --training.ignore_plan true"
