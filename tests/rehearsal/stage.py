@@ -174,8 +174,11 @@ class Stage:
         return 0
 
     def deploy(self) -> None:
-        """As the operator does."""
+        """As the operator does, with a replica for each worker: one without is not ready, and gets no requests."""
         config = yaml.safe_load(self.service_spec["serveConfigV2"])
+        for application in config["applications"]:
+            replicas = {"min_replicas": len(self.workers), "max_replicas": len(self.workers)}
+            application["args"] = {**application.get("args", {}), **replicas}
         self.ask("/api/serve/applications/", json.dumps(config).encode(), "PUT")
 
     def applications(self) -> dict[str, str]:
