@@ -30,7 +30,8 @@ import yaml
 
 from cluster import machines
 from lib import keys
-from lib.errors import ResourceError
+from lib.errors import ResourceError, StorageError
+from lib.training import checkpoints
 from tests.bench.report import Report
 from tests.rehearsal.operator import find
 from tests.rehearsal.stage import Service, Stage
@@ -94,16 +95,8 @@ class Rehearsal:
 
     def serve(self) -> None:
         self.stage.deploy()
-        took = self.stage.wait(self.is_serving, "the application", 600)
-        self.report.row("RayService: applications run and all workers are ready", took, unit="s")
-
-    def is_serving(self) -> bool:
-        states = self.stage.applications()
-        return (
-            bool(states)
-            and set(states.values()) == {"RUNNING"}
-            and all(w.is_ready for w in self.stage.workers)
-        )
+        took = self.stage.wait(self.stage.is_serving, "the application", 600)
+        self.report.row("RayService: applications run, with a replica for each worker", took, unit="s")
 
     def undisturbed(self, traffic: Traffic) -> None:
         begin = time.monotonic()
@@ -113,7 +106,13 @@ class Rehearsal:
     def lose_worker(self, traffic: Traffic) -> None:
         begin = time.monotonic()
         self.stage.kill(self.stage.workers[0])
-        recovered = self.stage.wait(self.is_serving, "the other worker", 600)
+        nodes = 1 + len(self.stage.workers)
+        # First it must be seen that there are fewer.
+        self.stage.wait(lambda: not self.stage.is_serving(), "the news of the loss", 60)
+        self.stage.wait(
+            lambda: self.stage.is_serving() and self.stage.alive() >= nodes, "the other worker", 600
+        )
+        recovered = time.monotonic() - begin
         time.sleep(AFTER_S)
         self.tell("a worker's pod is killed", traffic, begin, recovered)
 
@@ -127,12 +126,12 @@ class Rehearsal:
         again = time.monotonic()
         self.stage.is_held.clear()
         recovered = self.stage.wait(
-            lambda: self.stage.alive() >= nodes and self.is_serving(), "the head", 600
+            lambda: self.stage.alive() >= nodes and self.stage.is_serving(), "the head", 600
         )
         time.sleep(AFTER_S)
         self.tell("the head's pod comes back, with another address", traffic, again, recovered)
         self.stage.deploy()
-        took = self.stage.wait(self.is_serving, "the application after another deployment", 300)
+        took = self.stage.wait(self.stage.is_serving, "the application after another deployment", 300)
         self.report.row("the same deployed again by the new head", took, unit="s")
 
     def tell(self, what: str, traffic: Traffic, begin: float, recovered: float | None = None) -> None:
@@ -166,8 +165,14 @@ class Rehearsal:
             sys.exit(f"the training did not survive:\n{job.words[-4000:]}")
         self.report.row("RayJob finetune, ZeRO-3 on two workers: ended after one was lost", took, unit="s")
 
-    def checkpoints(self) -> set[Path]:
-        return set((self.stage.folder / "storage/runs").glob("**/checkpoint_*"))
+    def checkpoints(self) -> set[str]:
+        """That are whole."""
+        records = (self.stage.folder / "storage/runs").glob(f"**/{checkpoints.RECORD}")
+        found: set[str] = set()
+        for record in records:
+            with suppress(StorageError):  # Ray is writing it
+                found |= set(checkpoints.committed(str(record.parent)))
+        return found
 
 
 def saved_nothing(job: Job) -> bool:

@@ -181,12 +181,19 @@ class Stage:
             application["args"] = {**application.get("args", {}), **replicas}
         self.ask("/api/serve/applications/", json.dumps(config).encode(), "PUT")
 
-    def applications(self) -> dict[str, str]:
-        """Name → state."""
+    def is_serving(self) -> bool:
+        """Whether all applications run, each with a replica for each worker, wherever these are: Serve starts a lost one
+        where there is room, and moves none to a worker that comes."""
         with suppress(OSError, ValueError):
-            found = json.loads(self.ask("/api/serve/applications/"))["applications"]
-            return {name: one["status"] for name, one in found.items()}
-        return {}
+            found = json.loads(self.ask("/api/serve/applications/"))["applications"].values()
+            replicas = [d["replicas"] for one in found for d in one["deployments"].values()]
+            return (
+                bool(replicas)
+                and all(one["status"] == "RUNNING" for one in found)
+                and all([r["state"] for r in some] == ["RUNNING"] * len(self.workers) for some in replicas)
+                and any(worker.is_ready for worker in self.workers)
+            )
+        return False
 
     def wait(self, condition: Any, what: str, seconds: float = STARTS_S) -> float:
         """Seconds that it took. Raises TimeoutError."""
