@@ -301,6 +301,7 @@ print(ray.get(ray.remote(lambda: os.getuid()).remote()))
 
 
 @pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(shutil.which("debootstrap") is None, reason="no debootstrap here; Debian has it")
 @pytest.mark.skipif(os.getuid() != 0, reason="a clean root is root's to make")

@@ -31,7 +31,6 @@ import yaml
 from cluster import machines
 from lib import keys
 from lib.errors import ResourceError, StorageError
-from lib.training import checkpoints
 from tests.bench.report import Report
 from tests.rehearsal.operator import find
 from tests.rehearsal.stage import Service, Stage
@@ -167,6 +166,8 @@ class Rehearsal:
 
     def checkpoints(self) -> set[str]:
         """That are whole."""
+        from lib.training import checkpoints  # imports Ray, which reads once how it is to log in
+
         records = (self.stage.folder / "storage/runs").glob(f"**/{checkpoints.RECORD}")
         found: set[str] = set()
         for record in records:

@@ -15,6 +15,7 @@ from tests.k8s.building import KUBECTL
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.slow,
     pytest.mark.timeout(3600),
     pytest.mark.skipif(KUBECTL is None, reason="there is no kubectl to build the manifests"),
     pytest.mark.skipif(
