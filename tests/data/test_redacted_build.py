@@ -71,7 +71,7 @@ def test_each_task_says_which_columns_people_wrote() -> None:
         "recommend": [],
     }
     assert {"messages", "conversations", "question", "answer", "system", "output"} <= load_task("chat").TEXTS
-    assert {"prompt", "chosen", "rejected"} == load_task("preference").TEXTS
+    assert {"prompt", "chosen", "rejected", "system"} == load_task("preference").TEXTS
 
 
 @pytest.mark.ray

@@ -113,7 +113,7 @@ def test_who_may_ask_much_is_asked_for_in_blocks_and_gets_no_more(server: RedisS
 
     allowed, remaining = asyncio.run(asked())
     assert all(allowed[:2800])
-    assert remaining[0] == 2999
+    assert max(remaining) == 2999
     calls = redis.info("commandstats")["cmdstat_evalsha"]["calls"] - before
     assert calls < 3000 / 30 + 4 + 2 * (3600 - sum(allowed)), (
         "one question for each block, two for what is refused"
