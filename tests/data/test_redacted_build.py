@@ -25,7 +25,8 @@ ADDRESSES = re.compile(r"[\w.]+@example\.com|4111 1111 1111 1111")
 
 
 def settings(base: Path, source: Path, **data: Any) -> Settings:
-    section = {"source": str(source), "labels": {1: "bad", 2: "good"}, "rows_per_shard": 40, **data}
+    section = {"source": str(source), "labels": {1: "bad", 2: "good"}, "rows_per_shard": 40}
+    section |= {"leakage": "off", **data}  # the rows are alike but for a word
     values = {"name": "test", "task": "sentiment", "data": section}
     return Settings.model_validate({**values, "model": {"base": str(base), "max_length": 12}})
 
