@@ -40,7 +40,7 @@ PATH, BODY = "/v1/sentiment", json.dumps({"inputs": ["the dress fits well", "it 
 # So that the jobs take minutes here.
 SMALL = "--data.limit 12000 --promotion.metric accuracy --promotion.require true"
 ZERO = (
-    "--data.limit 1500 --training.zero_stage 3 --training.workers 2 --training.cpus_per_worker 5 --training.epochs 2 "
+    "--data.limit 12000 --training.zero_stage 3 --training.workers 2 --training.cpus_per_worker 5 --training.max_steps 60 "
     "--training.checkpoint_every 10 --training.max_failures 3 --training.ignore_plan true"
 )
 QUIET_S, AWAY_S, AFTER_S = 20.0, 20.0, 10.0
@@ -182,8 +182,7 @@ def saved_nothing(job: Job) -> bool:
     return False
 
 
-def rehearse(given: argparse.Namespace, folder: Path) -> Report:
-    report = Report("rehearsal")
+def rehearse(given: argparse.Namespace, folder: Path, report: Report) -> None:
     stage = Stage(built(given.overlay), folder, given.workers)
     try:
         began = time.monotonic()
@@ -205,7 +204,6 @@ def rehearse(given: argparse.Namespace, folder: Path) -> Report:
         rehearsal.train(f"{entrypoint(given.overlay, 'finetune')} {ZERO}")
     finally:
         stage.close()
-    return report
 
 
 def main() -> None:
@@ -222,8 +220,9 @@ def main() -> None:
     # So that what was started ends with it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     folder = given.keep or Path(tempfile.mkdtemp(prefix="whorl-rehearsal-"))
+    report = Report("rehearsal")
     try:
-        report = rehearse(given, folder)
+        rehearse(given, folder, report)
     except (ResourceError, TimeoutError) as error:
         sys.exit(f"error: {error}")
     finally:
@@ -232,7 +231,7 @@ def main() -> None:
         if given.keep is None:
             with suppress(OSError):
                 shutil.rmtree(folder)
-    report.finish()
+        report.finish()  # as far as it came
 
 
 if __name__ == "__main__":
