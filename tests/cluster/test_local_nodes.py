@@ -22,7 +22,7 @@ from cluster import machines
 from cluster.ingress import free_port
 from tests.cluster.test_local import SCRIPTS, TREE, Copy
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
 
 ADDRESSES = """
 import ray
