@@ -31,7 +31,6 @@ TOOLS = ("ip", "unshare", "nsenter", "mount", "hostname")
 SUBNETS = tuple(ipaddress.IPv4Network("10.64.0.0/10").subnets(new_prefix=24))
 # Names of interfaces have at most 15 characters.
 MOST_NAME = 8
-STOP_SECONDS = 10.0
 
 
 def available() -> bool:
@@ -200,22 +199,9 @@ class Machine:
 
     def kill(self) -> None:
         """As when the power goes."""
-        self._end(signal.SIGKILL)
-
-    def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """As when a machine is asked to shut down: those that it started get SIGTERM, and after a while it is killed."""
-        if self.process is not None and self.is_on:
-            with suppress(psutil.Error):
-                for child in psutil.Process(self.process.pid).children(recursive=True)[1:]:
-                    child.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(seconds)
-        self.kill()
-
-    def _end(self, number: int) -> None:
         if self.process is not None:
             with suppress(ProcessLookupError):
-                self.process.send_signal(number)
+                self.process.kill()
             self.process.wait()
 
     def remove(self) -> None:

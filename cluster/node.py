@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
-        # MLflow's page only shows what jobs wrote: its own workers would be ten processes of 240 MB.
+        # MLflow's page only shows what jobs wrote: its own workers would be ten processes more.
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "DO_NOT_TRACK": "true",
     }

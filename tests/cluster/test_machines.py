@@ -95,16 +95,6 @@ def test_with_a_machine_all_of_it_ends(network: Network) -> None:
     assert said(started(machine), "pgrep", "-c", "sleep") == "1", "it can be switched on again"
 
 
-def test_one_that_is_asked_to_stop_may_say_something_first(network: Network) -> None:
-    script = "trap 'echo bye > /tmp/said; exit 0' TERM; touch /tmp/ready; while true; do sleep 0.1; done"
-    machine = started(network.machine("one"), "bash", "-c", script)
-    while not (machine.folder / "ready").exists():
-        time.sleep(0.05)
-    machine.stop()
-    assert not machine.is_on
-    assert (machine.folder / "said").read_text() == "bye\n"
-
-
 def test_nothing_is_left_of_a_network(network: Network) -> None:
     machine = started(network.machine("one"))
     again = Network(network.name, network.folder)  # as after a crash

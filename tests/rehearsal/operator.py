@@ -8,10 +8,12 @@ volumes are the rehearsal's to play; `/dev/shm` has the size that its volume say
 from __future__ import annotations
 
 import base64
-import re
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tests.k8s.policies import quantity
 
 Manifest = dict[str, Any]
 GCS_PORT, METRICS_PORT, AGENT_PORT = 6379, 8080, 52365
@@ -19,7 +21,6 @@ GCS_PORT, METRICS_PORT, AGENT_PORT = 6379, 8080, 52365
 RECONNECT_S = "600"
 # Options whose value is said even when it is true or false.
 SAID = ("include-dashboard", "log-color")
-UNITS = {"": 1, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,6 @@ class Pod:
     @property
     def is_head(self) -> bool:
         return self.group == "headgroup"
-
-
-def quantity(text: str | float) -> float:
-    """Kubernetes' way to write numbers: `500m`, `4Gi`."""
-    found = re.fullmatch(r"([0-9.]+)([a-zA-Z]*)", str(text))
-    assert found
-    return float(found[1]) * UNITS[found[2]]
 
 
 def find(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest:
@@ -92,7 +86,7 @@ class Operator:
         limits = resources.get("limits", {})
         cpus = limits.get("cpu") or resources.get("requests", {}).get("cpu")
         if cpus:
-            options.setdefault("num-cpus", str(int(-(-quantity(cpus) // 1))))
+            options.setdefault("num-cpus", str(math.ceil(quantity(cpus))))
         if "memory" in limits:
             options.setdefault("memory", str(int(quantity(limits["memory"]))))
         for resource, count in limits.items():

@@ -99,7 +99,8 @@ class Stage:
 
     def close(self) -> None:
         self._closing.set()
-        self._reconciling.join()
+        if self._reconciling.is_alive():  # it may be making a pod
+            self._reconciling.join()
         self.network.close()
         self.redis.stop()
         self.postgres.remove()

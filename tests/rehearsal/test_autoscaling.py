@@ -16,7 +16,8 @@ from cluster import machines
 from cluster.machines import Network
 from lib import storage
 from tests.k8s.building import KUBECTL, build
-from tests.rehearsal.operator import find, quantity
+from tests.k8s.policies import quantity
+from tests.rehearsal.operator import find
 
 pytestmark = [
     pytest.mark.slow,

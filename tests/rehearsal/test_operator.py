@@ -10,7 +10,7 @@ import pytest
 from ray.scripts.scripts import start
 
 from tests.k8s.building import KUBECTL, build
-from tests.rehearsal.operator import Operator, Pod, find, quantity
+from tests.rehearsal.operator import Operator, Pod, find
 
 
 def encoded(text: str) -> str:
@@ -111,13 +111,6 @@ def test_a_value_that_is_missing_is_no_empty_one() -> None:
     without = [m for m in MANIFESTS if m["metadata"]["name"] != "places"]
     with pytest.raises(ValueError, match="not enough values"):
         list(Operator(without).pods("mine", SPEC, "RayService"))
-
-
-@pytest.mark.parametrize(
-    ("text", "number"), [("500m", 0.5), ("2", 2), ("4Gi", 4 * 2**30), (1.5, 1.5), ("3k", 3000)]
-)
-def test_quantities(text: str | float, number: float) -> None:
-    assert quantity(text) == number
 
 
 @pytest.mark.skipif(KUBECTL is None, reason="there is no kubectl to build the manifests")
