@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import ray.data
 
 from lib import times
-from lib.data import blocks, passes
+from lib.data import blocks, stream
 from lib.data.blocks import Reading
 from lib.data.interactions import Interactions, events, in_order
 from lib.errors import DataError
@@ -115,12 +115,12 @@ class Behaviour:
 
 def read(reading: Reading, data: DataSettings) -> Behaviour:
     """Read and look at all of it on the connected cluster. Raises DataError for the first row that cannot be read."""
-    looked = passes.packed_blocks(reading, "interactions").map_batches(
+    looked = stream.packed_blocks(reading, "interactions").map_batches(
         look_block,
         fn_kwargs={"columns": list(reading.columns), "data": data},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=passes.parallel_tasks()),
+        compute=ray.data.TaskPoolStrategy(size=stream.parallel_tasks()),
     )
     found = []
     for batch in looked.iter_batches(batch_size=None, batch_format="pyarrow"):

@@ -32,11 +32,10 @@ from lib.data.passes import (
     find_duplicates,
     find_rejected,
     scan,
-    source,
-    tables,
     write,
 )
 from lib.data.plan import SOURCES, Plan
+from lib.data.stream import source, tables
 from lib.errors import DataError
 from lib.tasks import load_task
 

@@ -19,7 +19,7 @@ import ray
 import ray.data
 
 from lib import storage
-from lib.data import blocks, passes
+from lib.data import blocks, stream
 from lib.data.blocks import Reading
 from lib.data.redact import Rules
 from lib.data.shards import shard_name
@@ -107,15 +107,15 @@ def read(reading: Reading, table: TableSettings, rules: Rules | None = None) -> 
     """Read a table on the connected cluster; its texts, but not its ids and categories, without what `rules` find. Raises DataError for the first row that cannot be read, and for an id that
     is there twice."""
     texts = frozenset(name for name in reading.columns if name.startswith("text."))
-    packed = passes.packed_blocks(reading, "table")
+    packed = stream.packed_blocks(reading, "table")
     prepared = (
-        passes.without_personal_data(packed, list(reading.columns), texts, rules)
+        stream.without_personal_data(packed, list(reading.columns), texts, rules)
         .map_batches(
             prepare_block,
             fn_kwargs={"names": list(reading.columns), "table": table},
             batch_size=1,
             batch_format="pyarrow",
-            compute=ray.data.TaskPoolStrategy(size=passes.parallel_tasks()),
+            compute=ray.data.TaskPoolStrategy(size=stream.parallel_tasks()),
         )
         .materialize()
     )
@@ -165,9 +165,9 @@ def write_items(
         fn_kwargs={"parts": ray.put(parts), "model": model, "uri": uri},
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=passes.parallel_tasks()),
+        compute=ray.data.TaskPoolStrategy(size=stream.parallel_tasks()),
     )
-    found = [json.loads(row["written"]) for row in passes.rows_of(written)]
+    found = [json.loads(row["written"]) for row in stream.rows_of(written)]
     return sorted((one for one in found if one), key=lambda one: str(one["shard"]))
 
 

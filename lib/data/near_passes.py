@@ -25,8 +25,10 @@ from lib.data import blocks, clusters, dedup, near
 from lib.data.blocks import Reading
 from lib.data.clusters import node_partition
 from lib.data.near import Bands
-from lib.data.passes import Scanned, parallel_tasks, prepare, tables
+from lib.data.passes import Scanned
+from lib.data.ready import prepare
 from lib.data.split import mix
+from lib.data.stream import parallel_tasks, tables
 from lib.settings import Settings
 
 # A partition's rows are held several times while they are compared. Ray starts processes for a shuffle of several

@@ -10,37 +10,29 @@ import json
 import os
 import sys
 import time
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding, near
+from lib.data import blocks, clean, dedup, grounding
 from lib.data.blocks import Reading
 from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
-from lib.data.redact import Rules
-from lib.data.redact.columns import redact
+from lib.data.ready import bands, prepare
 from lib.data.shards import SplitCount, write_shards
 from lib.data.split import assign, kept
+from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
-from lib.progress import data_context
 from lib.settings import DataSettings, Settings
-from lib.tasks import Prepared, UnencodableError, load_task
+from lib.tasks import UnencodableError, load_task
 
-# Ray Data ends a block once it holds this much. Blocks of ours are single rows, most of them larger.
-RAY_BLOCK_BYTES = 1 << 20
-# Blocks that may wait for each task in the object store.
-AHEAD_BLOCKS = 2
-SHUFFLE_BYTES = 64 << 20
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 # What the near duplicates and the leakage check are found by; the bands are flat, some for each row.
@@ -107,37 +99,6 @@ class Found:
     """dedup.DROPPED."""
     placed: Sequence[Any] = ()
     """clusters.PLACED."""
-
-
-def source(reading: Reading, texts: frozenset[str], rules: Rules | None, name: str) -> ray.data.Dataset:
-    """The packed blocks that a pass begins with: personal data leaves the columns `texts` before anything else sees them.
-
-    So texts are hashed without it, too: an id tells nothing about an address that was in its text, and texts that
-    differ in nothing else are duplicates, of which no second one falls into another split.
-    """
-    return without_personal_data(packed_blocks(reading, name), list(reading.columns), texts, rules)
-
-
-def without_personal_data(
-    packed: ray.data.Dataset, columns: list[str], texts: frozenset[str], rules: Rules | None
-) -> ray.data.Dataset:
-    """Packed blocks with what was found in `redacted`, counts as JSON; as they are where there are no rules."""
-    if rules is None or not texts:
-        return packed
-    return packed.map_batches(
-        redact_block,
-        fn_kwargs={"columns": columns, "texts": texts, "rules": rules},
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
-    )
-
-
-def redact_block(row: pa.Table, columns: list[str], texts: frozenset[str], rules: Rules) -> pa.Table:
-    """Runs in a task: one block without personal data."""
-    block = blocks.from_row(row, columns)
-    rows, counts = redact(block.rows, texts, rules)
-    return blocks.to_row(replace(block, rows=rows)).append_column("redacted", pa.array([json.dumps(counts)]))
 
 
 def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
@@ -212,11 +173,6 @@ def _positions(rows: pa.Table) -> pa.Table:
     return dedup.by_position(rows.rename_columns(["position"]))
 
 
-def tables(*datasets: ray.data.Dataset | None) -> list[Any]:
-    """References to the tables of what was found."""
-    return [ref for dataset in datasets if dataset is not None for ref in dataset.to_arrow_refs()]
-
-
 def write(
     reading: Reading,
     settings: Settings,
@@ -273,133 +229,6 @@ def _partitions(reading: Reading) -> int:
     return dedup.partitions(sum(file.size for file in reading.files))
 
 
-def packed_blocks(reading: Reading, name: str) -> ray.data.Dataset:
-    """A dataset of blocks, each packed into one row."""
-    fragments = [
-        {"fragment": i, "start": start, "end": end} for i, (start, end) in enumerate(reading.fragments())
-    ]
-    with ray.data.DataContext.current(_context()):
-        source = ray.data.from_items(fragments, override_num_blocks=len(fragments))
-        source.set_name(name)
-        # Asking for another share of a CPU than the next step keeps Ray Data from fusing the two: one
-        # reader then feeds many tasks, even when the source is a single file that cannot be cut.
-        return source.map_batches(
-            read,
-            fn_kwargs={"reading": reading},
-            batch_size=1,
-            batch_format="pyarrow",
-            num_cpus=0.5,
-            compute=ray.data.TaskPoolStrategy(size=min(parallel_tasks(), len(fragments))),
-        )
-
-
-def _context() -> ray.data.DataContext:
-    """Ray Data's settings for both passes."""
-    warnings.filterwarnings("ignore", "The maximum number of concurrent tasks", UserWarning)
-    context = data_context()
-    context.target_max_block_size = RAY_BLOCK_BYTES
-    # Readers are faster than the tokeniser: without a limit they would fill the object store.
-    context.execution_options.resource_limits = ray.data.ExecutionResources(
-        object_store_memory=AHEAD_BLOCKS * blocks.BLOCK_BYTES * parallel_tasks()
-    )
-    # By default a map task of the shuffle takes 1 GiB of hashes at once.
-    context.shuffle_input_batch_bytes = SHUFFLE_BYTES
-    return context
-
-
-def parallel_tasks() -> int:
-    """How many tasks may run at a time: a local head has more logical CPUs than cores, and more tasks
-    than cores only cost memory and start-up time."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    logical = int(sum(node["Resources"].get("CPU", 0) for node in nodes))
-    return max(1, min(logical, os.cpu_count() or 1) if len(nodes) == 1 else logical)
-
-
-def rows_of(dataset: ray.data.Dataset) -> Iterator[dict[str, Any]]:
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        yield from batch.to_pylist()
-
-
-def read(fragment: pa.Table, reading: Reading) -> Iterator[pa.Table]:
-    """Runs in a task: the blocks of one fragment."""
-    number, start, end = (fragment[name][0].as_py() for name in ("fragment", "start", "end"))
-    for block in blocks.read_blocks(reading, number, (start, end)):
-        yield blocks.to_row(block)
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A block after the steps that all passes take."""
-
-    prepared: Prepared
-    rejected: np.ndarray
-    """Bool [rows]: `data.clean` leaves them out."""
-    usable: np.ndarray
-    """Rows of the right form that say something, have a known label and are not rejected."""
-    high: np.ndarray
-    low: np.ndarray
-    """Hash of the text, of usable rows alone."""
-    group: np.ndarray
-    """What decides the split, of usable rows alone: `low`, or the same of the task's own groups."""
-    worth: np.ndarray
-    """float64, of usable rows alone: which of near duplicates stays."""
-    cleaned: clean.Cleaned
-
-    def compared(self, by_group: bool) -> list[str | None]:
-        """The texts that near duplicates are told by, or those that decide the split; of usable rows alone."""
-        said = self.prepared.compared if self.prepared.compared is not None else self.prepared.texts
-        texts = self.prepared.groups if by_group and self.prepared.groups is not None else said
-        kept: list[str | None] = texts.filter(pa.array(self.usable)).to_pylist()
-        return kept
-
-
-def prepare(rows: pa.Table, settings: Settings, rejected: Sequence[Any] | None = None) -> Ready:
-    """The columns of a block as the task understands them. `rejected` are the tables of what an earlier pass has left out;
-    without them `data.clean` judges."""
-    task, data = load_task(settings.task), settings.data
-    columns = {name: blocks.flat(rows[name]) for name in rows.column_names}
-    worth = columns.pop("worth", None)
-    cleaned = clean.clean(columns, clean.texts(task), task.LISTS, data.clean, judge=rejected is None)
-    if rejected is None:
-        out = np.zeros(rows.num_rows, bool)
-        out[list(cleaned.rejected)] = True
-    else:
-        positions = columns[blocks.POSITION].to_numpy()
-        out = dedup.among(rejected, positions, blocks.POSITION, -1) >= 0
-    prepared = task.prepare(cleaned.without(out, clean.texts(task)), data)
-    usable = ~prepared.empty & (prepared.labels >= 0) & ~out
-    if worth is not None:
-        worth = _numbers(worth, usable, prepared.malformed)
-    usable[list(prepared.malformed)] = False
-    high, low = dedup.hash_texts(prepared.texts.filter(pa.array(usable)))
-    groups = prepared.groups
-    group = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
-    if data.near.keep == "longest":
-        said = prepared.compared if prepared.compared is not None else prepared.texts
-        worth = np.asarray(pc.utf8_length(said).fill_null(0)).astype(float)
-    worth = np.zeros(rows.num_rows) if worth is None else worth
-    return Ready(prepared, out, usable, high, low, group, worth[usable], cleaned)
-
-
-def _numbers(values: pa.Array, usable: np.ndarray, malformed: dict[int, str]) -> np.ndarray:
-    """float64 [rows] of `data.near.column`, -inf for none; what is no number is told in `malformed`."""
-    numbers = np.full(len(values), -np.inf)
-    for row, value in enumerate(values.to_pylist()):
-        if value is None or not value.strip():
-            continue
-        try:
-            numbers[row] = float(value)
-        except ValueError:
-            numbers[row] = np.nan
-        if np.isnan(numbers[row]):
-            numbers[row] = -np.inf
-            if usable[row]:
-                malformed.setdefault(
-                    row, f"holds {value[:40]!r} in the column of data.near.column, which is no number"
-                )
-    return numbers
-
-
 def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int) -> pa.Table:
     """Runs in a task: counts and hashes of one block."""
     block = blocks.from_row(row, columns)
@@ -408,7 +237,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     positions = block.rows[blocks.POSITION].to_numpy()
     empty = prepared.empty & ~ready.rejected
     first_wrong = min(prepared.malformed, default=None)
-    bands, sketched = _bands(ready, settings.data)
+    keys, sketched = bands(ready, settings.data)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
         "rows": len(positions),
@@ -433,7 +262,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "rejected": positions[ready.rejected],
         "worth": ready.worth,
         "group": ready.group,
-        **bands,
+        **keys,
     }
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
@@ -454,21 +283,6 @@ def _cleaned(cleaned: clean.Cleaned, positions: np.ndarray, shown: int) -> dict[
         "rejected": Counter(name for name, _, _ in cleaned.rejected.values()),
         "samples": samples,
     }
-
-
-def _bands(ready: Ready, data: DataSettings) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Keys of the bands of a block's rows, one row after the other, and the sizes of their sketches; none of what nobody
-    will look for."""
-    grouped = ready.prepared.groups is not None
-    wanted = {
-        "text_bands": data.near.duplicates == "drop" or (data.checks_leakage and not grouped),
-        "group_bands": data.checks_leakage and grouped,
-    }
-    keys, sizes = dict.fromkeys(wanted, np.empty(0, np.int64)), {}
-    for name in (name for name, is_wanted in wanted.items() if is_wanted):
-        found, sizes[name] = near.band_keys(ready.compared(name == "group_bands"), data.near)
-        keys[name] = found.ravel()
-    return keys, sizes
 
 
 def write_block(

@@ -194,7 +194,7 @@ class Total:
 
 
 def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[str], None]) -> Total:
-    from lib.data.passes import rows_of
+    from lib.data.stream import rows_of
 
     total, said = Total(0, [], 0, {}, Counter(), [], ""), time.monotonic()
     with ExitStack() as files:
@@ -215,7 +215,7 @@ def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[st
 def _by_predictor(planned: Planned, open_model: OpenModel, uri: str) -> ray.data.Dataset:
     import ray.data
 
-    from lib.data.passes import packed_blocks
+    from lib.data.stream import packed_blocks
 
     settings = planned.settings
     return packed_blocks(planned.reading, "score").map_batches(

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 from lib import storage
 from lib.chat_templates import load_chat_tokenizer
 from lib.data import blocks
-from lib.data.passes import packed_blocks
 from lib.data.scoring import Planned, asked_of, kept_of, shard_name, write_shard
 from lib.data.scoring_grounded import context_of, grounded, prompter_of
+from lib.data.stream import packed_blocks
 from lib.errors import DataError, RequestError
 from lib.generation import check_prompt, prompt_of
 from lib.settings import ServingSettings
