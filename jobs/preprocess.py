@@ -38,7 +38,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
-    for line in _cleaned(manifest):
+    for line in [*_cleaned(manifest), *_split(manifest)]:
         print(line)
     width = max([10, *(len(label) for label in labels)])
     print(
@@ -75,9 +75,19 @@ def _cleaned(manifest: dict[str, Any]) -> list[str]:
         done = ("went", "were left out") if leakage["mode"] == "check" else ("would go", "would be left out")
         lines.append(
             f"leakage      {leakage['moved']:,} rows {done[0]} where their near duplicates are; "
-            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a given split"
+            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a split behind their own"
         )
     return lines
+
+
+def _split(manifest: dict[str, Any]) -> list[str]:
+    """What rows were split by, where it was not by chance; a recommender's dataset does not say."""
+    split = manifest.get("split", {"by": "random"})
+    if split["by"] == "random":
+        return []
+    begins = [f"{n} from {split[f'{n}_from']}" for n in SPLITS if f"{n}_from" in split]
+    told = ", ".join([f"{split['by']} ({split['column']})" if "column" in split else split["by"], *begins])
+    return [f"split by     {told}"]
 
 
 if __name__ == "__main__":

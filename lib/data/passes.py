@@ -27,7 +27,7 @@ from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
 from lib.data.ready import bands, prepare
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import assign, kept
+from lib.data.split import Cuts, assign, kept
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
 from lib.settings import DataSettings, Settings
@@ -99,6 +99,8 @@ class Found:
     """dedup.DROPPED."""
     placed: Sequence[Any] = ()
     """clusters.PLACED."""
+    cuts: Cuts | None = None
+    """Where splits part, by time or label by label."""
 
 
 def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
@@ -264,6 +266,8 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "group": ready.group,
         **keys,
     }
+    if ready.seconds is not None:
+        hashes["time"] = ready.seconds
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
         {name: pa.array(values) for name, values in hashes.items()},
@@ -313,11 +317,13 @@ def write_block(
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
     given = reading.splits(positions)
-    places = np.where(given < 0, assign(ready.group, data), given)
+    labels = ready.prepared.labels[ready.usable]
+    own = assign(ready.group, data, found.cuts, labels, ready.seconds)
+    places = np.where(given < 0, own, given)
     if data.leakage == "check":
         places = np.where(moved, placed, places)
     places = places[keep].astype(np.int8)
-    spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
+    spare = _undersampled(labels[keep], places, ready.high[keep], data)
     rows = rows.filter(pa.array(~spare))
     try:
         splits = write_shards(

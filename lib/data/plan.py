@@ -13,7 +13,7 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, clean, grounding, sources
+from lib.data import blocks, clean, grounding, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.retrieval.index import current
@@ -90,13 +90,13 @@ def plan(settings: Settings) -> Plan:
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     files = [
         file
-        for split, uris in data.sources.items()
+        for given, uris in data.sources.items()
         for file in sources.find_files(
-            uris, data.format, split, f"data.{split}_source" if split else "data.source"
+            uris, data.format, given, f"data.{given}_source" if given else "data.source"
         )
     ]
     clean.check(data, clean.texts(task), settings.task)
-    columns = {**task.columns(data, column_names(files[0])), **data.slices}
+    columns = {**task.columns(data, column_names(files[0])), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -113,6 +113,7 @@ def plan(settings: Settings) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
+    split.check(data, task, settings.task, tables)
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
