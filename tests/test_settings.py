@@ -95,6 +95,23 @@ def test_dates_of_the_split_are_read_as_yaml_has_them() -> None:
             ["--data.split", "{time: t, test_from: 2024-03-01}", "--data.test_source", "t.csv"],
             "split.test_from would leave nothing to test_source",
         ),
+        (["--data.augment", "{}"], "data.augment: no method is named; give some of synonyms, swap"),
+        (["--data.augment", "{swap: {aplha: 0.1}}"], "unknown key 'data.augment.swap.aplha'"),
+        (["--data.augment", "{swap: {alpha: 0}}"], "data.augment.swap.alpha: "),
+        (["--data.augment", "{paraphrase: true}"], "paraphrase needs writer.model, the model that writes"),
+        (
+            ["--data.augment", "{swap: true, writer: {model: a}}"],
+            "writer: nothing is written without paraphrase",
+        ),
+        (
+            ["--data.augment", "{paraphrase: {prompt: Again}, writer: {model: a}}"],
+            "data.augment.paraphrase.prompt: a prompt needs {text}",
+        ),
+        (
+            ["--data.augment", "{paraphrase: true, writer: {model: chat@champion}}"],
+            "data.augment.writer.model: 'chat@champion' is no fixed version; give its number, such as chat@3",
+        ),
+        (["--data.augment", "{swap: true, balance: {to: 0}}"], "data.augment.balance.to"),
         (["--data.labels", "[]"], "data.labels: at least one label"),
         (
             ["--data.undersample", "{positve: 0.5}"],

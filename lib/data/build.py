@@ -22,11 +22,12 @@ from typing import Any
 
 from lib import storage, tracking
 from lib.data import recommend
+from lib.data.augment.making import making
+from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
 from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
-    Found,
     Scanned,
     Written,
     find_duplicates,
@@ -34,6 +35,7 @@ from lib.data.passes import (
     scan,
     write,
 )
+from lib.data.places import Found
 from lib.data.plan import SOURCES, Plan
 from lib.data.split import FAR, Cuts
 from lib.data.split_passes import find_cuts
@@ -64,10 +66,11 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows")
         found = _found(plan, scanned, read, hashes, say)
+        new = making(plan.reading, plan.settings, hashes, scanned.usable, found, say)
         del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
-        packed = read("write")
-        written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge)
+        packed = with_written(read("write"), plan.reading, plan.settings, found, new, plan.rules)
+        written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written, found.cuts)
         storage.write_json(storage.join(uri, "manifest.json"), manifest)
@@ -220,6 +223,7 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None)
                 for name, samples in scanned.samples.items()
             },
         },
+        **({"augmented": dict(sorted(written.augmented.items()))} if settings.data.augment else {}),
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "split": _split(plan.settings.data.split, cuts),
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},

@@ -22,23 +22,21 @@ import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
 from lib.data import blocks, clean, dedup, grounding
+from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
-from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
+from lib.data.places import Found, places
 from lib.data.ready import bands, prepare
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import Cuts, assign, kept
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
-from lib.settings import DataSettings, Settings
+from lib.settings import Settings
 from lib.tasks import UnencodableError, load_task
 
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 # What the near duplicates and the leakage check are found by; the bands are flat, some for each row.
 NEAR_COLUMNS = ("worth", "group", "text_bands", "group_bands")
-# Of `among`: no table of places has the row.
-STAYS = -2
 
 
 @dataclass
@@ -82,25 +80,13 @@ class Written:
     leaking: int = 0
     """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
+    augmented: Counter[str] = field(default_factory=Counter)
+    """Method → new rows; `unchanged` and `known`: why some were not made."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
     """Position of the first row that could not be encoded, and why."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found of the rows between the passes: references to tables, each sorted by position."""
-
-    rejected: Sequence[Any] = ()
-    """Of `position`."""
-    dropped: Sequence[Any] = ()
-    """dedup.DROPPED."""
-    placed: Sequence[Any] = ()
-    """clusters.PLACED."""
-    cuts: Cuts | None = None
-    """Where splits part, by time or label by label."""
 
 
 def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
@@ -184,9 +170,10 @@ def write(
     uri: str,
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
 ) -> Written:
     """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
-    passages that `knowledge` has for them.
+    passages that `knowledge` has for them, and `making` makes further rows of those that train.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
@@ -200,6 +187,7 @@ def write(
             "found": found,
             "uri": uri,
             "knowledge": knowledge,
+            "making": making,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -218,6 +206,7 @@ def write(
         written.moved += block["moved"]
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
+        written.augmented.update(block["augmented"])
         written.redacted.update(block["redacted"])
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
@@ -268,6 +257,8 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     }
     if ready.seconds is not None:
         hashes["time"] = ready.seconds
+    if settings.data.augment:
+        hashes["said"] = ready.said
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
         {name: pa.array(values) for name, values in hashes.items()},
@@ -297,6 +288,7 @@ def write_block(
     found: Found,
     uri: str,
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
 ) -> pa.Table:
     """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
@@ -305,30 +297,22 @@ def write_block(
     block = blocks.from_row(row, list(reading.columns))
     ready = prepare(block.rows, settings, ray.get(list(found.rejected)))
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
-    reasons = dedup.among(ray.get(list(found.dropped)), positions, "reason", 0)
-    placed = dedup.among(ray.get(list(found.placed)), positions, "place", STAYS)
-    moved, leaking = (reasons == 0) & (placed >= 0), (reasons == 0) & (placed == LEFT_OUT)
-    keep = reasons == 0
-    if data.leakage == "check":
-        keep &= ~leaking
+    labels = ready.prepared.labels[ready.usable]
+    at = places(found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
     rows = ready.prepared.rows
     for name in data.slices:
         rows = rows.append_column(name, block.rows[name])
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
-    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
-    given = reading.splits(positions)
-    labels = ready.prepared.labels[ready.usable]
-    own = assign(ready.group, data, found.cuts, labels, ready.seconds)
-    places = np.where(given < 0, own, given)
-    if data.leakage == "check":
-        places = np.where(moved, placed, places)
-    places = places[keep].astype(np.int8)
-    spare = _undersampled(labels[keep], places, ready.high[keep], data)
-    rows = rows.filter(pa.array(~spare))
+    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(at.stays))
+    split, sources = at.split[at.stays], np.flatnonzero(at.stays)
+    made: Counter[str] = Counter()
+    if making is not None:
+        rows, split, of, made = making.added(rows, split, labels[at.stays], written_for(row), block)
+        sources = sources[of]
     try:
         splits = write_shards(
             rows if knowledge is None else grounding.ground(rows, settings, knowledge),
-            places[~spare],
+            split,
             first_shards[block.fragment] + block.number,
             uri,
             task,
@@ -336,27 +320,16 @@ def write_block(
             task.classes(data),
         )
     except UnencodableError as error:
-        refused = [int(positions[keep][~spare][error.row]), str(error)]
+        refused = [int(positions[sources[error.row]]), str(error)]
         return pa.table({"counts": [json.dumps({"refused": refused})]})
     counts = {
         "rows": block.rows.num_rows,
-        "dropped": {reason.name.lower(): int((reasons == reason).sum()) for reason in Reason},
-        "moved": int(moved.sum()),
-        "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
-        "undersampled": int(spare.sum()),
+        "dropped": {reason.name.lower(): int((at.reasons == reason).sum()) for reason in Reason},
+        "moved": int(at.moved.sum()),
+        "leaking": int(at.leaking.sum() + (at.reasons == Reason.LEAKING).sum()),
+        "undersampled": int(at.spare.sum()),
+        "augmented": made,
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})
-
-
-def _undersampled(
-    classes: np.ndarray, splits: np.ndarray, hashes: np.ndarray, data: DataSettings
-) -> np.ndarray:
-    """Bool [rows]: training rows that `data.undersample` leaves out, the same ones in every run."""
-    if not data.undersample:
-        return np.zeros(len(classes), bool)
-    shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
-    training = splits == SPLITS.index("train")
-    spare: np.ndarray = training & ~kept(hashes, shares[classes], data.split.seed)
-    return spare

@@ -13,7 +13,7 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, clean, grounding, sources, split
+from lib.data import augment, blocks, clean, grounding, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.retrieval.index import current
@@ -27,6 +27,10 @@ SOURCES: dict[str, Any] = {
     **dict.fromkeys(("source", "validation_source", "test_source"), True),
     "items": {"source"},
     "users": {"source"},
+    "augment": {
+        "thesaurus": True,
+        "writer": dict.fromkeys(("workers", "cpus_per_worker", "gpus_per_worker"), True),
+    },
 }
 # Rows of a table of items or users that one task looks at, at a time.
 TABLE_ROWS = 20_000
@@ -114,6 +118,7 @@ def plan(settings: Settings) -> Plan:
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
     split.check(data, task, settings.task, tables)
+    augment.check(data, task, settings.task)
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)
@@ -142,6 +147,7 @@ def plan(settings: Settings) -> Plan:
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
+        | ({"augmentation": augment.identity(settings)} if data.augment else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }

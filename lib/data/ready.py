@@ -31,6 +31,8 @@ class Ready:
     """Hash of the text, of usable rows alone."""
     group: np.ndarray
     """What decides the split, of usable rows alone: `low`, or the same of the task's own groups, or of `data.split.group`."""
+    said: np.ndarray
+    """The same without `data.split.group`."""
     worth: np.ndarray
     """float64, of usable rows alone: which of near duplicates stays."""
     cleaned: clean.Cleaned
@@ -67,16 +69,16 @@ def prepare(rows: pa.Table, settings: Settings, rejected: Sequence[Any] | None =
     usable[list(prepared.malformed)] = False
     high, low = dedup.hash_texts(prepared.texts.filter(pa.array(usable)))
     groups = prepared.groups
-    group = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
+    group = said_by = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
     if owners is not None:
         owners = pc.utf8_trim_whitespace(owners.filter(pa.array(usable)))
-        group = np.where(is_empty(owners), group, dedup.hash_texts(owners)[1])
+        group = np.where(is_empty(owners), said_by, dedup.hash_texts(owners)[1])
     if data.near.keep == "longest":
         said = prepared.compared if prepared.compared is not None else prepared.texts
         worth = np.asarray(pc.utf8_length(said).fill_null(0)).astype(float)
     worth = np.zeros(rows.num_rows) if worth is None else worth
     seconds = None if seconds is None else seconds[usable]
-    return Ready(prepared, out, usable, high, low, group, worth[usable], cleaned, seconds)
+    return Ready(prepared, out, usable, high, low, group, said_by, worth[usable], cleaned, seconds)
 
 
 def _seconds(values: pa.Array, usable: np.ndarray, malformed: dict[int, str]) -> np.ndarray:

@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from lib.errors import nearest
+from lib.settings.augmentation import AugmentSettings
 from lib.settings.cleaning import CleanSettings, NearSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
@@ -45,6 +46,9 @@ RESERVED_COLUMNS = {
     "position",
     "problem",
     "worth",
+    # Of rows that were made of others (lib/data/augment).
+    "augmented_from",
+    "augmented_by",
     "split.group",
     "split.time",
 }
@@ -176,6 +180,8 @@ class DataSettings(Labelled):
     undersample: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
     test stay as they are."""
+    augment: AugmentSettings | None = None
+    """New training rows, made of those that there are."""
     rows_per_shard: Positive = 20_000
     items: ItemSettings | None = None
     """recommend: the catalogue."""
@@ -211,6 +217,8 @@ class DataSettings(Labelled):
     def _split(self) -> DataSettings:
         if self.parts and self.split.by != "random":
             raise ValueError("split: each of the parts is split by itself; say there how")
+        if self.parts and self.augment:
+            raise ValueError("augment: each of the parts is augmented by itself; say there how")
         for name in self.split.dates:
             if name in self.sources:
                 raise ValueError(
@@ -228,6 +236,12 @@ class DataSettings(Labelled):
     def _near(self) -> DataSettings:
         if self.near.duplicates == "drop" and self.duplicates == "keep":
             raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        return self
+
+    @model_validator(mode="after")
+    def _balance(self) -> DataSettings:
+        if self.augment and self.augment.balance and self.heads:
+            raise ValueError("augment.balance: a row of several heads has no single label; leave it out")
         return self
 
     @model_validator(mode="after")
