@@ -54,9 +54,9 @@ class Making:
         none = pa.nulls(rows.num_rows, pa.string())
         whole = pa.concat_tables([rows.append_column(FROM, none).append_column(BY, none), new.rows])
         of = np.concatenate([np.arange(len(split)), trains[new.sources]])
-        order = np.random.default_rng([self.by.seed % 2**64, block.fragment, block.number]).permutation(
-            len(of)
-        )
+        chance = np.random.default_rng([self.by.seed % 2**64, block.fragment, block.number])
+        train = np.flatnonzero(split[of] == TRAIN)
+        order = np.concatenate([np.flatnonzero(split[of] != TRAIN), chance.permutation(train)])
         return whole.take(pa.array(order)), split[of][order], of[order], new.counts
 
 
