@@ -54,7 +54,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
-    if (made := dict(manifest.get("augmented", {}))) or "augmented" in manifest:
+    if "augmented" in manifest:
+        made = dict(manifest["augmented"])
         none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}
         rows = ", ".join(f"{n:,} by {method}" for method, n in made.items()) or "no new rows"
         print(f"augmented    {rows}" + "".join(f"; {n:,} {why}" for why, n in none.items() if n))

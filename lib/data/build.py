@@ -4,7 +4,9 @@
     scan    read, clean, normalise, map labels, hash         → counts, and 36 bytes a row; 8 more a band
             shuffle the hashes, find the duplicates          → the positions to drop
             find near duplicates (`near_passes`)             → more of them, and rows that change their split
-    write   read and normalise again, drop, split, tokenise  → Parquet shards
+            count keys (`split_passes`)                      → where splits part, by time or label by label
+            count labels (`augment.counting`)                → new rows that each is to have
+    write   read again, drop, split, augment, tokenise       → Parquet shards
     publish the manifest, and all of it at once
 
 Both passes take personal data out of what they read. Reading, redacting and normalising twice costs 20 µs a row,

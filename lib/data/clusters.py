@@ -105,12 +105,11 @@ def into_one_split(
 ) -> pa.Table:
     """Rows of whole clusters → PLACED, sorted by position: those that go elsewhere than their own text says.
 
-    `members` has `root`, `position`, `label`, `group` int64, the hash that decides a row's split, and, split by time, `time`;
-    `given` int8 [files] is the
-    split of rows that have one, else -1. Drawn rows go where the first of them in source order goes. Where that is a split
-    before one of which the cluster has a given row (train before validation before test), they are left out: what a
-    given split holds is never touched. Split by time, no row changes its split, which would bring what is late before what
-    is early: rows are left out that resemble one of a later split.
+    `members` has `root`, `position`, `label`, `group` int64, the hash that decides a row's split, and, split by time, `time`
+    int64; `given` int8 [files] is the split of rows that have one, else -1. Drawn rows go where the first of them in source
+    order goes. Where that is a split before one of which the cluster has a given row (train before validation before
+    test), they are left out: what a given split holds is never touched. Split by time, no row changes its split,
+    which would bring what is late before what is early: rows are left out that resemble one of a later split.
     """
     members = members.sort_by([("root", "ascending"), ("position", "ascending")])
     root, position, group, label = (

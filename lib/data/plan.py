@@ -92,6 +92,8 @@ def plan(settings: Settings) -> Plan:
         return _mixed(settings)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
+    split.check(data, task, settings.task)
+    augment.check(data, task, settings.task)
     files = [
         file
         for given, uris in data.sources.items()
@@ -117,8 +119,6 @@ def plan(settings: Settings) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
-    split.check(data, task, settings.task, tables)
-    augment.check(data, task, settings.task)
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
             sources.check_columns(file, keys, present)

@@ -7,7 +7,6 @@ which the splits part (`lib.data.cuts`), which all rows together decide.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,9 +50,9 @@ def columns(data: DataSettings) -> dict[str, str]:
     return {name: column for name, column in named.items() if column is not None}
 
 
-def check(data: DataSettings, task: Task, name: str, tables: Collection[str]) -> None:
+def check(data: DataSettings, task: Task, name: str) -> None:
     """Raises ConfigError where rows of the task `name` cannot be split as `data.split` says."""
-    if data.split.by != "random" and tables:
+    if data.split.by != "random" and data.items is not None:
         raise ConfigError(
             f"data.split.{data.split.by}: {name} holds out what each user did last (data.interactions); leave it out"
         )

@@ -22,6 +22,8 @@ def _instant(value: Any) -> Any:
     return value
 
 
+# Of train, validation and test, where nothing is said.
+SHARES = (0.8, 0.1, 0.1)
 Instant = Annotated[str, BeforeValidator(_instant)]
 
 
@@ -31,9 +33,9 @@ class Split(Section):
     A split with a source of its own takes no part: the others share the rows in the same proportion.
     """
 
-    train: Share = 0.8
-    validation: Share = 0.1
-    test: Share = 0.1
+    train: Share = SHARES[0]
+    validation: Share = SHARES[1]
+    test: Share = SHARES[2]
     seed: int = 0
     group: str | None = None
     """Column of the source, such as a user, a document or a dialogue: rows of one value fall into one split. A row without
@@ -103,6 +105,3 @@ class Split(Section):
                     f"validation_from must be before test_from, and {self.validation_from} is not before {self.test_from}"
                 )
         return self
-
-
-SHARES = (0.8, 0.1, 0.1)

@@ -82,11 +82,13 @@ def test_cuts_say_where_rows_go() -> None:
 
 
 def test_what_rows_have_no_label_of_is_not_split_by_it() -> None:
-    check(data(stratified=True), load_task("sentiment"), "sentiment", ())
+    check(data(stratified=True), load_task("sentiment"), "sentiment")
     for name, labels in (("tagging", ["PER"]), ("chat", None), ("preference", None)):
         given = DataSettings.model_validate({"source": "a", "labels": labels, "split": {"stratified": True}})
         with pytest.raises(ConfigError, match=f"data.split.stratified: a row of {name} has no label"):
-            check(given, load_task(name), name, ())
-        check(data(group="user"), load_task(name), name, ())
+            check(given, load_task(name), name)
+        check(data(group="user"), load_task(name), name)
+    items = {"source": "items.csv", "id": "item"}
+    held = DataSettings.model_validate({"source": "a", "items": items, "split": {"time": "when"}})
     with pytest.raises(ConfigError, match=r"data.split.time: recommend holds out .*; leave it out"):
-        check(data(time="when"), load_task("recommend"), "recommend", ("items",))
+        check(held, load_task("recommend"), "recommend")
