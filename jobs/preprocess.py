@@ -46,7 +46,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
-    for line in _cleaned(manifest):
+    for line in [*_cleaned(manifest), *_split(manifest)]:
         print(line)
     width = max([10, *(len(label) for label in labels)])
     print(
@@ -62,6 +62,11 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
+    if "augmented" in manifest:
+        made = dict(manifest["augmented"])
+        none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}
+        rows = ", ".join(f"{n:,} by {method}" for method, n in made.items()) or "no new rows"
+        print(f"augmented    {rows}" + "".join(f"; {n:,} {why}" for why, n in none.items() if n))
     if "knowledge" in manifest:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
@@ -84,9 +89,19 @@ def _cleaned(manifest: dict[str, Any]) -> list[str]:
         done = ("went", "were left out") if leakage["mode"] == "check" else ("would go", "would be left out")
         lines.append(
             f"leakage      {leakage['moved']:,} rows {done[0]} where their near duplicates are; "
-            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a given split"
+            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a split behind their own"
         )
     return lines
+
+
+def _split(manifest: dict[str, Any]) -> list[str]:
+    """What rows were split by, where it was not by chance; a recommender's dataset does not say."""
+    split = manifest.get("split", {"by": "random"})
+    if split["by"] == "random":
+        return []
+    begins = [f"{n} from {split[f'{n}_from']}" for n in SPLITS if f"{n}_from" in split]
+    told = ", ".join([f"{split['by']} ({split['column']})" if "column" in split else split["by"], *begins])
+    return [f"split by     {told}"]
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from lib.data.clusters import node_partition
 from lib.data.near import Bands
 from lib.data.passes import Scanned
 from lib.data.ready import prepare
-from lib.data.split import mix
+from lib.data.split import Cuts, mix
 from lib.data.stream import parallel_tasks, tables
 from lib.settings import Settings
 
@@ -65,20 +65,24 @@ def straddling(
     hashes: Dataset,
     rejected: Dataset | None,
     *dropped: Dataset | None,
+    cuts: Cuts | None = None,
 ) -> Dataset | None:
     """A dataset of clusters.PLACED: rows that belong elsewhere than their own text says, since what they resemble is
     there; None where there are none.
 
-    What is compared is what decides the split: `Prepared.groups`, else what near duplicates are told by.
+    What is compared is what decides the split: `Prepared.groups`, else what near duplicates are told by. Rows of one of
+    `data.split.group` are one cluster, whatever they say.
     """
     data = settings.data
-    if not scanned.grouped and data.near.duplicates == "drop":
+    owned = data.split.group is not None
+    if not scanned.grouped and data.near.duplicates == "drop" and not (owned and len(data.sources) > 1):
         return None  # no cluster has two rows left
     search = _Search(reading, settings, read, scanned, hashes, rejected, by_group=scanned.grouped)
-    found = search.clusters(*dropped, equal=scanned.grouped or data.duplicates == "keep")
+    equal = scanned.grouped or owned or data.duplicates == "keep"
+    found = search.clusters(*dropped, equal=equal, alike=not owned)
     if found is None:
         return None
-    return found.decided(clusters.into_one_split, data=data, given=reading.given)
+    return found.decided(clusters.into_one_split, data=data, given=reading.given, cuts=cuts)
 
 
 class _Search:
@@ -101,16 +105,16 @@ class _Search:
         # Of the mean row.
         self.sketch_bytes = ROW_BYTES + 4 * scanned.sketched[self.column] // max(scanned.usable, 1)
 
-    def clusters(self, *dropped: Dataset | None, equal: bool = False) -> _Clusters | None:
-        """Rows of `dropped` take no part. With `equal` there may be rows of one group: they are one cluster, and only the
-        first of them is compared."""
+    def clusters(self, *dropped: Dataset | None, equal: bool = False, alike: bool = True) -> _Clusters | None:
+        """Rows of `dropped` take no part. With `equal` there may be rows of one group: they are one cluster. Where these are
+        `alike`, only the first of them is compared."""
         near_settings = self.settings.data.near
         away = tables(*dropped)
         links: Dataset | None = None
         repeated: list[Any] = []
         if equal:
             links = self._linked(near.equals, _group_keys, PAIR_BYTES, away=away)
-            repeated = tables(_mapped(links, _others))
+            repeated = tables(_mapped(links, _others)) if alike else []
         bands = Bands.of(near_settings.threshold).bands
         candidates = self._linked(
             near.candidates,
@@ -178,7 +182,8 @@ class _Clusters:
         """What `function` says of whole clusters: `root`, `position`, `label`, `worth` and `group` of their rows."""
         partitions = _partitions(self.members.count(), MEMBER_BYTES)
         packed = _mapped(self.hashes, _member_rows, partitions=partitions, members=tables(self.members))
-        names = ("root", "position", "label", "worth", "group")
+        timed = ("time",) if "time" in self.hashes.columns() else ()
+        names = ("root", "position", "label", "worth", "group", *timed)
         return exchange(packed, partitions, names, function, **arguments)
 
 
@@ -245,7 +250,7 @@ def _partitions(rows: int, bytes_a_row: int) -> int:
     return min(dedup.MAX_PARTITIONS, 1 + rows * bytes_a_row // PARTITION_BYTES)
 
 
-def _staying(rows: pa.Table, away: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def staying(rows: pa.Table, away: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Positions of packed rows, and which of them are in none of the tables `away`."""
     positions = blocks.unpack(rows, ("position",))["position"].to_numpy()
     order = np.argsort(positions, kind="stable")  # several blocks may lie in any order
@@ -255,15 +260,15 @@ def _staying(rows: pa.Table, away: Sequence[Any]) -> tuple[np.ndarray, np.ndarra
 
 
 def _group_keys(rows: pa.Table, partitions: int, away: Sequence[Any]) -> pa.Table:
-    positions, staying = _staying(rows, away)
+    positions, stays = staying(rows, away)
     keys = blocks.unpack(rows, ("group",))["group"].to_numpy()
-    return _packed_keys(keys[staying], positions[staying], partitions)
+    return _packed_keys(keys[stays], positions[stays], partitions)
 
 
 def _band_keys(rows: pa.Table, partitions: int, away: Sequence[Any], column: str, bands: int) -> pa.Table:
-    positions, staying = _staying(rows, away)
-    keys = blocks.unpack(rows, (column,))[column].to_numpy().reshape(len(positions), bands)[staying]
-    return _packed_keys(keys.ravel(), np.repeat(positions[staying], bands), partitions)
+    positions, stays = staying(rows, away)
+    keys = blocks.unpack(rows, (column,))[column].to_numpy().reshape(len(positions), bands)[stays]
+    return _packed_keys(keys.ravel(), np.repeat(positions[stays], bands), partitions)
 
 
 def _packed_keys(keys: np.ndarray, positions: np.ndarray, partitions: int) -> pa.Table:
@@ -321,7 +326,8 @@ def _digested(links: pa.Table) -> pa.Table:
 
 
 def _member_rows(rows: pa.Table, partitions: int, members: Sequence[Any]) -> pa.Table:
-    found = blocks.unpack(rows, ("position", "label", "worth", "group"))
+    names = ("position", "label", "worth", "group", "time")
+    found = blocks.unpack(rows, [name for name in names if name in rows.column_names])
     positions = found["position"].to_numpy()
     order = np.argsort(positions, kind="stable")
     found, positions = found.take(pa.array(order)), positions[order]

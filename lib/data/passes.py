@@ -22,23 +22,21 @@ import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
 from lib.data import blocks, clean, dedup, grounding
+from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
-from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
+from lib.data.places import Found, places
 from lib.data.ready import bands, prepare
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import assign, kept
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
-from lib.settings import DataSettings, Settings
+from lib.settings import Settings
 from lib.tasks import UnencodableError, load_task
 
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 # What the near duplicates and the leakage check are found by; the bands are flat, some for each row.
 NEAR_COLUMNS = ("worth", "group", "text_bands", "group_bands")
-# Of `among`: no table of places has the row.
-STAYS = -2
 
 
 # Why rows were left out → the first of them in source order: position, how the text begins.
@@ -107,6 +105,8 @@ class Written:
     leaking: int = 0
     """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
+    augmented: Counter[str] = field(default_factory=Counter)
+    """Method → new rows; `unchanged` and `known`: why some were not made."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
@@ -114,18 +114,6 @@ class Written:
     examples: Examples = field(default_factory=dict)
     """Of the rows of each `dropped`, and of those that are `moved`."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found of the rows between the passes: references to tables, each sorted by position."""
-
-    rejected: Sequence[Any] = ()
-    """Of `position`."""
-    dropped: Sequence[Any] = ()
-    """dedup.DROPPED."""
-    placed: Sequence[Any] = ()
-    """clusters.PLACED."""
 
 
 def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
@@ -210,9 +198,10 @@ def write(
     uri: str,
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
 ) -> Written:
     """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
-    passages that `knowledge` has for them.
+    passages that `knowledge` has for them, and `making` makes further rows of those that train.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
@@ -226,6 +215,7 @@ def write(
             "found": found,
             "uri": uri,
             "knowledge": knowledge,
+            "making": making,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -244,6 +234,7 @@ def write(
         written.moved += block["moved"]
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
+        written.augmented.update(block["augmented"])
         written.redacted.update(block["redacted"])
         join_examples(written.examples, block["examples"], settings.data.clean.samples)
         for split, count in block["splits"].items():
@@ -297,6 +288,10 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         "group": ready.group,
         **keys,
     }
+    if ready.seconds is not None:
+        hashes["time"] = ready.seconds
+    if settings.data.augment:
+        hashes["said"] = ready.said
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
         {name: pa.array(values) for name, values in hashes.items()},
@@ -326,6 +321,7 @@ def write_block(
     found: Found,
     uri: str,
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
 ) -> pa.Table:
     """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
@@ -334,31 +330,26 @@ def write_block(
     block = blocks.from_row(row, list(reading.columns))
     ready = prepare(block.rows, settings, ray.get(list(found.rejected)))
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
-    reasons = dedup.among(ray.get(list(found.dropped)), positions, "reason", 0)
-    placed = dedup.among(ray.get(list(found.placed)), positions, "place", STAYS)
-    moved, leaking = (reasons == 0) & (placed >= 0), (reasons == 0) & (placed == LEFT_OUT)
-    keep = reasons == 0
-    why = {reason.name.lower(): reasons == reason for reason in Reason}
+    labels = ready.prepared.labels[ready.usable]
+    at = places(found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
+    why = {reason.name.lower(): at.reasons == reason for reason in Reason}
     texts = ready.prepared.texts.filter(pa.array(ready.usable))
     if data.leakage == "check":
-        keep &= ~leaking
-        why |= {"leaking": leaking | why["leaking"], "moved": moved}
+        why |= {"leaking": at.leaking | why["leaking"], "moved": at.moved}
     rows = ready.prepared.rows
     for name in data.slices:
         rows = rows.append_column(name, block.rows[name])
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
-    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
-    given = reading.splits(positions)
-    places = np.where(given < 0, assign(ready.group, data), given)
-    if data.leakage == "check":
-        places = np.where(moved, placed, places)
-    places = places[keep].astype(np.int8)
-    spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
-    rows = rows.filter(pa.array(~spare))
+    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(at.stays))
+    split, sources = at.split[at.stays], np.flatnonzero(at.stays)
+    made: Counter[str] = Counter()
+    if making is not None:
+        rows, split, of, made = making.added(rows, split, labels[at.stays], written_for(row), block)
+        sources = sources[of]
     try:
         splits = write_shards(
             rows if knowledge is None else grounding.ground(rows, settings, knowledge),
-            places[~spare],
+            split,
             first_shards[block.fragment] + block.number,
             uri,
             task,
@@ -366,28 +357,17 @@ def write_block(
             task.classes(data),
         )
     except UnencodableError as error:
-        refused = [int(positions[keep][~spare][error.row]), str(error)]
+        refused = [int(positions[sources[error.row]]), str(error)]
         return pa.table({"counts": [json.dumps({"refused": refused})]})
     counts = {
         "rows": block.rows.num_rows,
-        "dropped": {reason.name.lower(): int((reasons == reason).sum()) for reason in Reason},
-        "moved": int(moved.sum()),
-        "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
-        "undersampled": int(spare.sum()),
+        "dropped": {reason.name.lower(): int((at.reasons == reason).sum()) for reason in Reason},
+        "moved": int(at.moved.sum()),
+        "leaking": int(at.leaking.sum() + (at.reasons == Reason.LEAKING).sum()),
+        "undersampled": int(at.spare.sum()),
+        "augmented": made,
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})
-
-
-def _undersampled(
-    classes: np.ndarray, splits: np.ndarray, hashes: np.ndarray, data: DataSettings
-) -> np.ndarray:
-    """Bool [rows]: training rows that `data.undersample` leaves out, the same ones in every run."""
-    if not data.undersample:
-        return np.zeros(len(classes), bool)
-    shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
-    training = splits == SPLITS.index("train")
-    spare: np.ndarray = training & ~kept(hashes, shares[classes], data.split.seed)
-    return spare

@@ -13,7 +13,7 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, clean, grounding, sources
+from lib.data import augment, blocks, clean, grounding, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.retrieval.index import current
@@ -27,6 +27,10 @@ SOURCES: dict[str, Any] = {
     **dict.fromkeys(("source", "validation_source", "test_source"), True),
     "items": {"source"},
     "users": {"source"},
+    "augment": {
+        "thesaurus": True,
+        "writer": dict.fromkeys(("workers", "cpus_per_worker", "gpus_per_worker"), True),
+    },
 }
 # Rows of a table of items or users that one task looks at, at a time.
 TABLE_ROWS = 20_000
@@ -88,15 +92,17 @@ def plan(settings: Settings) -> Plan:
         return _mixed(settings)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
+    split.check(data, task, settings.task)
+    augment.check(data, task, settings.task)
     files = [
         file
-        for split, uris in data.sources.items()
+        for given, uris in data.sources.items()
         for file in sources.find_files(
-            uris, data.format, split, f"data.{split}_source" if split else "data.source"
+            uris, data.format, given, f"data.{given}_source" if given else "data.source"
         )
     ]
     clean.check(data, clean.texts(task), settings.task)
-    columns = {**task.columns(data, column_names(files[0])), **data.slices}
+    columns = {**task.columns(data, column_names(files[0])), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -141,6 +147,7 @@ def plan(settings: Settings) -> Plan:
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
+        | ({"augmentation": augment.identity(settings)} if data.augment else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }

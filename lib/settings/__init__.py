@@ -6,6 +6,7 @@ wrong types and impossible values end in one line that names the key (ConfigErro
 nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 """
 
+from lib.settings.augmentation import AugmentSettings, EditSettings, WriterSettings
 from lib.settings.cleaning import (
     Bounds,
     CleanSettings,
@@ -60,6 +61,7 @@ __all__ = [
     "AccessSettings",
     "AdapterSettings",
     "AnswerSettings",
+    "AugmentSettings",
     "Behaviour",
     "Bounds",
     "CanarySettings",
@@ -68,6 +70,7 @@ __all__ = [
     "CurationSettings",
     "DataSettings",
     "Dimension",
+    "EditSettings",
     "EvaluationSettings",
     "EventSettings",
     "GroundingSettings",
@@ -102,6 +105,7 @@ __all__ = [
     "TuningSettings",
     "UserSettings",
     "WebhookSettings",
+    "WriterSettings",
     "describe",
     "load_settings",
     "override",
