@@ -14,6 +14,8 @@ from lib.settings.cleaning import (
     RepetitionSettings,
 )
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.embedding import EmbedderSettings
+from lib.settings.endpoint import EndpointSettings
 from lib.settings.evaluation import (
     REFUSALS,
     AnswerSettings,
@@ -23,6 +25,7 @@ from lib.settings.evaluation import (
     PromotionSettings,
 )
 from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
+from lib.settings.labelling import ChatLabels, EmbeddingLabels, LabelSettings, NoiseSettings, RuleSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
@@ -64,10 +67,14 @@ __all__ = [
     "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "ChatLabels",
     "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
+    "EmbedderSettings",
+    "EmbeddingLabels",
+    "EndpointSettings",
     "EvaluationSettings",
     "EventSettings",
     "GroundingSettings",
@@ -76,6 +83,7 @@ __all__ = [
     "ItemSettings",
     "JudgeSettings",
     "KnowledgeSettings",
+    "LabelSettings",
     "Labelled",
     "LengthSettings",
     "LogSettings",
@@ -83,6 +91,7 @@ __all__ = [
     "MonitoringSettings",
     "NameSettings",
     "NearSettings",
+    "NoiseSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -93,6 +102,7 @@ __all__ = [
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",
+    "RuleSettings",
     "ScoreSettings",
     "SearchSettings",
     "ServingSettings",
