@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding
+from lib.data import blocks, clean, dedup, grounding, noise
 from lib.data.blocks import Reading
 from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
@@ -82,6 +82,8 @@ class Written:
     leaking: int = 0
     """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
+    sampled: list[Any] = field(default_factory=list)
+    """Training rows among which wrong labels are looked for (`noise.sample`)."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
@@ -198,6 +200,7 @@ def write(
             "found": found,
             "uri": uri,
             "knowledge": knowledge,
+            "usable": scanned.usable,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -216,6 +219,7 @@ def write(
         written.moved += block["moved"]
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
+        written.sampled = noise.kept([*written.sampled, *block["sampled"]], settings.data)
         written.redacted.update(block["redacted"])
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
@@ -293,8 +297,9 @@ def write_block(
     found: Found,
     uri: str,
     knowledge: IndexRef | None = None,
+    usable: int = 0,
 ) -> pa.Table:
-    """Runs in a task: one block's shards; its counts."""
+    """Runs in a task: one block's shards; its counts. `usable` rows there are in all."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task, data = load_task(settings.task), settings.data
@@ -319,6 +324,9 @@ def write_block(
     places = places[keep].astype(np.int8)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
     rows = rows.filter(pa.array(~spare))
+    sampled = noise.sample(
+        rows, places[~spare], ready.high[keep][~spare], positions[keep][~spare], data, usable
+    )
     try:
         splits = write_shards(
             rows if knowledge is None else grounding.ground(rows, settings, knowledge),
@@ -338,6 +346,7 @@ def write_block(
         "moved": int(moved.sum()),
         "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
         "undersampled": int(spare.sum()),
+        "sampled": sampled,
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
     }

@@ -16,6 +16,7 @@ from lib.chat_templates import template_text
 from lib.data import blocks, clean, grounding, sources
 from lib.data.readers import column_names
 from lib.data.redact import Rules
+from lib.errors import ConfigError
 from lib.retrieval.index import current
 from lib.settings import Settings, TableSettings
 from lib.tasks import load_task
@@ -96,6 +97,10 @@ def plan(settings: Settings) -> Plan:
         )
     ]
     clean.check(data, clean.texts(task), settings.task)
+    if data.label_noise.report and settings.task != "sentiment":
+        raise ConfigError(
+            f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
+        )
     columns = {**task.columns(data, column_names(files[0])), **data.slices}
     if data.near.column is not None:
         columns["worth"] = data.near.column

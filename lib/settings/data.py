@@ -13,6 +13,7 @@ from pydantic import (
 
 from lib.errors import nearest
 from lib.settings.cleaning import CleanSettings, NearSettings
+from lib.settings.labelling import NoiseSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Name, Positive, Section, Share
@@ -186,6 +187,8 @@ class DataSettings(Labelled):
     """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
     validation, test) is left out. report: such rows are counted, and stay where they are."""
     clean: CleanSettings = CleanSettings()
+    label_noise: NoiseSettings = NoiseSettings()
+    """sentiment: which training rows are most likely labelled wrongly."""
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
