@@ -27,8 +27,7 @@ def open_embedder(settings: EmbedderSettings) -> Embedder:
 
 def embed(embedder: Embedder, texts: Sequence[str]) -> np.ndarray:
     """Vectors float32 [texts, D] of length 1."""
-    parts = [
-        embedder.vectors(texts[start : start + TEXTS_AT_ONCE])
-        for start in range(0, max(len(texts), 1), TEXTS_AT_ONCE)
-    ]
-    return np.concatenate(parts)
+    if not len(texts):
+        return embedder.vectors([""])[:0]
+    starts = range(0, len(texts), TEXTS_AT_ONCE)
+    return np.concatenate([embedder.vectors(texts[start : start + TEXTS_AT_ONCE]) for start in starts])

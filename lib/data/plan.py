@@ -17,6 +17,7 @@ from lib.data import blocks, clean, grounding, sources
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.errors import ConfigError
+from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
 from lib.settings import Settings, TableSettings
 from lib.tasks import load_task
@@ -146,6 +147,7 @@ def plan(settings: Settings) -> Plan:
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
+        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }

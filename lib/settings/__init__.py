@@ -12,6 +12,7 @@ from lib.settings.cleaning import (
     LengthSettings,
     NearSettings,
     RepetitionSettings,
+    SemanticSettings,
 )
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
 from lib.settings.embedding import EmbedderSettings
@@ -105,6 +106,7 @@ __all__ = [
     "RuleSettings",
     "ScoreSettings",
     "SearchSettings",
+    "SemanticSettings",
     "ServingSettings",
     "Settings",
     "TableSettings",

@@ -238,6 +238,10 @@ class DataSettings(Labelled):
     def _near(self) -> DataSettings:
         if self.near.duplicates == "drop" and self.duplicates == "keep":
             raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        if self.near.semantic is not None and self.near.duplicates == "keep" and not self.checks_leakage:
+            raise ValueError(
+                "near.semantic: nothing is compared; set near.duplicates: drop, or leakage: check with several splits"
+            )
         return self
 
     @model_validator(mode="after")

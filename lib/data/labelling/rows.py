@@ -122,15 +122,7 @@ def label_block(
     texts, ids, empty = seen(block.rows)
     gold = gold_of(planned, block.rows)
     gold[gold == UNKNOWN] = MISSING
-    said = ray.get(decided[0])
-    people = [
-        [said[name][place] if name in said else (MISSING, 0.0) for name in ids]
-        for place in range(len(planned.heads))
-    ]
-    answered = np.array([[label for label, _ in head] for head in people], int).reshape(
-        len(planned.heads), -1
-    )
-    shares = np.array([[share for _, share in head] for head in people], float).reshape(answered.shape)
+    answered, shares = _people(ray.get(decided[0]), ids, len(planned.heads))
     asked = np.flatnonzero(~empty & ~((gold.T >= 0) | (answered >= 0)).all(0))
     speaks = rules.spoken(texts, planned.label.rules)
     logits = _answers(models, texts, asked)
@@ -154,21 +146,36 @@ def label_block(
     unsure = ~sure.all(0) & ~empty
     confidence = _unsure(heads, sure)
     why = np.stack([head.why for head in heads])[confidence.argmin(0), np.arange(len(ids))]
-    tasks = _tasks(planned, block.rows, ids, heads, confidence, why, np.flatnonzero(unsure))
     counts = {
         "rows": len(ids),
         "written": int(sure.any(0).sum()),
         "shards": shards,
-        "by": {name_of(planned, i): _counted(head.by[sure[i]]) for i, head in enumerate(heads)},
-        "labels": {
-            name_of(planned, i): _counted(np.array(planned.heads[i].labels, object)[head.label[sure[i]]])
-            for i, head in enumerate(heads)
-        },
+        **_by_head(planned, heads, sure),
         "why": _counted(why[unsure]),
         "known": sorted({ids[i] for i in np.flatnonzero((answered != MISSING).any(0)).tolist()}),
-        "tasks": tasks,
+        "tasks": _tasks(planned, block.rows, ids, heads, confidence, why, np.flatnonzero(unsure)),
     }
     return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _people(
+    said: dict[str, list[tuple[int, float]]], ids: list[str], heads: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What people have decided of rows (`studio.Annotations.decided`): classes int and shares float64, [heads, rows] both."""
+    nothing = [(MISSING, 0.0)] * heads
+    found = np.array([said.get(name, nothing) for name in ids], float).reshape(len(ids), heads, 2)
+    return found[:, :, 0].T.astype(int), found[:, :, 1].T
+
+
+def _by_head(planned: Planned, heads: Sequence[Decided], sure: np.ndarray) -> dict[str, Any]:
+    """Who has labelled how many rows, and which labels they have, by head."""
+    by, labels = {}, {}
+    for place, head in enumerate(heads):
+        known = np.array(planned.heads[place].labels, object)
+        name = studio.control(planned.heads[place])
+        by[name] = _counted(head.by[sure[place]])
+        labels[name] = _counted(known[head.label[sure[place]]])
+    return {"by": by, "labels": labels}
 
 
 def _answers(
@@ -233,7 +240,3 @@ def _unsure(heads: Sequence[Decided], sure: np.ndarray) -> np.ndarray:
 
 def _counted(values: np.ndarray) -> dict[str, int]:
     return dict(sorted(Counter(values.tolist()).items()))
-
-
-def name_of(planned: Planned, place: int) -> str:
-    return studio.control(planned.heads[place])
