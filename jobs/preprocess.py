@@ -15,6 +15,7 @@ from typing import Any
 from lib import storage
 from lib.artifacts import SPLITS
 from lib.command import connect, main
+from lib.data import noise
 from lib.data.explain import explain
 from lib.data.plan import Plan, plan
 from lib.data.report import FILE as REPORT
@@ -59,6 +60,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
+    for line in _wrong_labels(manifest, storage.display(planned.ref.uri)):
+        print(line)
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
@@ -72,6 +75,27 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(f"to look at   {storage.display(storage.join(planned.ref.uri, REPORT))}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
+
+
+def _wrong_labels(manifest: dict[str, Any], folder: str) -> list[str]:
+    """What the label noise report came to, and its first rows."""
+    lines = []
+    for name, found in manifest.get("label_noise", {}).items():
+        share = "-" if found["share"] is None else f"{found['share']:.1%}"
+        lines.append(
+            f"label noise  {name}: of {found['rows']:,} training rows an estimated {share} have a wrong label or one that the "
+            f"text does not tell; {found['suspects']:,} suspects, {len(found['listed']):,} in the manifest"
+        )
+        lines += [
+            f"  {s['row']}: {s['given']} {s['probability']:.2f}, rather {s['suggested']} "
+            f"{s['suggested_probability']:.2f}: {s['text'][:60]!r}"
+            for s in found["listed"][:3]
+        ]
+    if lines and manifest["settings"]["label_noise"]["tasks"]:
+        lines.append(
+            f"  for people: {folder}/{noise.FOLDER}, tasks and labelling configuration of Label Studio"
+        )
+    return lines
 
 
 def _cleaned(manifest: dict[str, Any]) -> list[str]:

@@ -22,11 +22,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from lib import storage, tracking
-from lib.data import recommend, report
+from lib import heads, storage, tracking
+from lib.data import noise, recommend, report
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
+from lib.data.labelling import studio
 from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
@@ -75,8 +76,23 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written, found.cuts)
+        if plan.settings.data.label_noise.report:
+            manifest["label_noise"] = _label_noise(plan, written, uri, say)
         report.write(uri, manifest)
     return manifest
+
+
+def _label_noise(plan: Plan, written: Written, uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the manifest says of labels that are probably wrong; leaves tasks for Label Studio, where they are wanted."""
+    data = plan.settings.data
+    say(f"looking for wrong labels among {len(written.sampled):,} training rows")
+    told, tasks = noise.report(written.sampled, data, plan.reading.place)
+    if data.label_noise.tasks and tasks:
+        folder = storage.join(uri, noise.FOLDER)
+        storage.write_json(storage.join(folder, studio.TASKS), tasks)
+        config = studio.labelling_config(heads.of_data(data))
+        storage.write_bytes(storage.join(folder, studio.CONFIG), config.encode())
+    return told
 
 
 def _already(rows: Any, name: str) -> Any:

@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding
+from lib.data import blocks, clean, dedup, grounding, noise
 from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
 from lib.data.dedup import Reason
@@ -107,6 +107,8 @@ class Written:
     undersampled: int = 0
     augmented: Counter[str] = field(default_factory=Counter)
     """Method → new rows; `unchanged` and `known`: why some were not made."""
+    sampled: list[Any] = field(default_factory=list)
+    """Training rows among which wrong labels are looked for (`noise.sample`)."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
@@ -216,6 +218,7 @@ def write(
             "uri": uri,
             "knowledge": knowledge,
             "making": making,
+            "usable": scanned.usable,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -235,6 +238,7 @@ def write(
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
         written.augmented.update(block["augmented"])
+        written.sampled = noise.kept([*written.sampled, *block["sampled"]], settings.data)
         written.redacted.update(block["redacted"])
         join_examples(written.examples, block["examples"], settings.data.clean.samples)
         for split, count in block["splits"].items():
@@ -322,8 +326,9 @@ def write_block(
     uri: str,
     knowledge: IndexRef | None = None,
     making: Making | None = None,
+    usable: int = 0,
 ) -> pa.Table:
-    """Runs in a task: one block's shards; its counts."""
+    """Runs in a task: one block's shards; its counts. `usable` rows there are in all."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task, data = load_task(settings.task), settings.data
@@ -342,6 +347,7 @@ def write_block(
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(at.stays))
     split, sources = at.split[at.stays], np.flatnonzero(at.stays)
+    sampled = noise.sample(rows, split, ready.high[at.stays], positions[at.stays], data, usable)
     made: Counter[str] = Counter()
     if making is not None:
         rows, split, of, made = making.added(rows, split, labels[at.stays], written_for(row), block)
@@ -366,6 +372,7 @@ def write_block(
         "leaking": int(at.leaking.sum() + (at.reasons == Reason.LEAKING).sum()),
         "undersampled": int(at.spare.sum()),
         "augmented": made,
+        "sampled": sampled,
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},

@@ -16,6 +16,8 @@ from lib.chat_templates import template_text
 from lib.data import augment, blocks, clean, grounding, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
+from lib.errors import ConfigError
+from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
 from lib.settings import Settings, TableSettings
 from lib.tasks import load_task
@@ -102,6 +104,10 @@ def plan(settings: Settings) -> Plan:
         )
     ]
     clean.check(data, clean.texts(task), settings.task)
+    if data.label_noise.report and settings.task != "sentiment":
+        raise ConfigError(
+            f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
+        )
     columns = {**task.columns(data, column_names(files[0])), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
@@ -148,6 +154,7 @@ def plan(settings: Settings) -> Plan:
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
         | ({"augmentation": augment.identity(settings)} if data.augment else {})
+        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }

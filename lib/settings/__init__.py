@@ -13,8 +13,11 @@ from lib.settings.cleaning import (
     LengthSettings,
     NearSettings,
     RepetitionSettings,
+    SemanticSettings,
 )
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.embedding import EmbedderSettings
+from lib.settings.endpoint import EndpointSettings
 from lib.settings.evaluation import (
     REFUSALS,
     AnswerSettings,
@@ -24,6 +27,7 @@ from lib.settings.evaluation import (
     PromotionSettings,
 )
 from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
+from lib.settings.labelling import ChatLabels, EmbeddingLabels, LabelSettings, NoiseSettings, RuleSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
@@ -66,11 +70,15 @@ __all__ = [
     "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "ChatLabels",
     "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
     "EditSettings",
+    "EmbedderSettings",
+    "EmbeddingLabels",
+    "EndpointSettings",
     "EvaluationSettings",
     "EventSettings",
     "GroundingSettings",
@@ -79,6 +87,7 @@ __all__ = [
     "ItemSettings",
     "JudgeSettings",
     "KnowledgeSettings",
+    "LabelSettings",
     "Labelled",
     "LengthSettings",
     "LogSettings",
@@ -86,6 +95,7 @@ __all__ = [
     "MonitoringSettings",
     "NameSettings",
     "NearSettings",
+    "NoiseSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -96,8 +106,10 @@ __all__ = [
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",
+    "RuleSettings",
     "ScoreSettings",
     "SearchSettings",
+    "SemanticSettings",
     "ServingSettings",
     "Settings",
     "TableSettings",

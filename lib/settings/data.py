@@ -14,6 +14,7 @@ from pydantic import (
 from lib.errors import nearest
 from lib.settings.augmentation import AugmentSettings
 from lib.settings.cleaning import CleanSettings, NearSettings
+from lib.settings.labelling import NoiseSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Name, Positive, Section
@@ -172,6 +173,8 @@ class DataSettings(Labelled):
     """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
     validation, test) is left out. report: such rows are counted, and stay where they are."""
     clean: CleanSettings = CleanSettings()
+    label_noise: NoiseSettings = NoiseSettings()
+    """sentiment: which training rows are most likely labelled wrongly."""
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
@@ -236,6 +239,10 @@ class DataSettings(Labelled):
     def _near(self) -> DataSettings:
         if self.near.duplicates == "drop" and self.duplicates == "keep":
             raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        if self.near.semantic is not None and self.near.duplicates == "keep" and not self.checks_leakage:
+            raise ValueError(
+                "near.semantic: nothing is compared; set near.duplicates: drop, or leakage: check with several splits"
+            )
         return self
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import SPLITS
-from lib.data import near_passes, passes
+from lib.data import near_passes, passes, shuffles
 from lib.data.build import build
 from lib.data.plan import Plan, plan
 from lib.errors import DataError
@@ -262,7 +262,7 @@ def test_near_duplicates_lie_in_one_split_and_are_counted(
     # With other machines, smaller partitions, and clusters that no task could join alone.
     first = contents(checked.ref.uri)
     files.remove(checked.ref.uri)
-    monkeypatch.setattr(near_passes, "PARTITION_BYTES", 2000)
+    monkeypatch.setattr(shuffles, "PARTITION_BYTES", 2000)
     monkeypatch.setattr(near_passes.clusters, "LOCAL_LINKS", 0)
     monkeypatch.setattr(passes, "parallel_tasks", lambda: 1)
     build(plan(settings(tiny_base, source, split=split)))
