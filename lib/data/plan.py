@@ -34,6 +34,8 @@ SOURCES: dict[str, Any] = {
         "writer": dict.fromkeys(("workers", "cpus_per_worker", "gpus_per_worker"), True),
     },
 }
+# How many work, and where, changes no row.
+WORKERS = {"workers", "cpus_per_worker", "gpus_per_worker"}
 # Rows of a table of items or users that one task looks at, at a time.
 TABLE_ROWS = 20_000
 
@@ -149,7 +151,10 @@ def plan(settings: Settings) -> Plan:
         ],
         "chat_template": template and template_text(template),
         "data": data.model_dump(
-            mode="json", exclude=SOURCES | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            mode="json",
+            exclude=SOURCES
+            | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            | {"near": {"semantic": WORKERS}},
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pyarrow as pa
 from pydantic import SecretStr
@@ -30,6 +31,12 @@ from lib.text import normalise
 FORMAT = 1
 # Before the names of the columns of labels that the source has, where others have names of their own.
 GOLD = "gold:"
+# Who answers where, and how many ask, changes no label.
+PLACES: dict[str, Any] = {
+    "annotations": True,
+    "embedding": {"workers", "cpus_per_worker", "gpus_per_worker"},
+    "chat": {"url", "key_variable", "workers", "concurrency", "timeout_s"},
+}
 ROWS, REPORT = "rows", "report.json"
 
 
@@ -138,7 +145,7 @@ def plan(settings: Settings) -> Planned:
         "redaction": redaction.identity() | {"rules": data.redact.model_dump(mode="json")}
         if redaction and data.redact
         else None,
-        "label": label.model_dump(mode="json", exclude={"annotations": True, "chat": {"url", "key_variable"}}),
+        "label": label.model_dump(mode="json", exclude=PLACES),
         "encoder": base_checksum(label.embedding.model) if label.embedding else None,
     }  # fmt: skip
     reading = blocks.Reading(tuple(files), columns, frozenset(), label.rows_per_shard, data.limit)
