@@ -162,13 +162,15 @@ class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
     source: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
+    """URI, glob, folder or zip archive of CSV, JSON, Parquet, Arrow, CoNLL columns or plain text, or `sample://NAME`; several
+    are read in order."""
     validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the validation split is given; None takes a share of `source`."""
     test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the test split is given; None takes a share of `source`."""
     format: Format = "auto"
-    """Of all files; auto goes by each file's ending."""
+    """Of all files; auto goes by each file's ending. Plain text has a row a line (`text`), a paragraph (`paragraphs`) or a
+    file (`documents`)."""
     columns: Columns = Columns()
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
