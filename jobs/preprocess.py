@@ -3,7 +3,8 @@
     python -m jobs.preprocess --config jobs/configs/reviews.yaml [--data.limit 2000 ...]
 
 Writes Parquet shards and a manifest under datasets/NAME/FINGERPRINT in storage. The fingerprint stands for
-the source's content and the configuration: when a dataset of that name is there, nothing is done.
+the source's content and the configuration: when a dataset of that name is there, nothing is done. `report.html` beside the
+manifest shows what is in it. With --explain the plan is printed and nothing is started.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 from lib import storage
 from lib.artifacts import SPLITS
 from lib.command import connect, main
+from lib.data.explain import explain
 from lib.data.plan import Plan, plan
+from lib.data.report import FILE as REPORT
 from lib.settings import Settings
 
 
@@ -31,6 +34,11 @@ def preprocess(settings: Settings) -> None:
 
         manifest = build(planned)
     report(planned, manifest)
+
+
+def show(settings: Settings) -> None:
+    """The plan alone."""
+    print("\n".join(explain(plan(settings))))
 
 
 def report(planned: Plan, manifest: dict[str, Any]) -> None:
@@ -57,6 +65,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     if "knowledge" in manifest:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
+    print(f"to look at   {storage.display(storage.join(planned.ref.uri, REPORT))}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
 
 
@@ -81,4 +90,5 @@ def _cleaned(manifest: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(preprocess)
+    given = [word for word in sys.argv[1:] if word != "--explain"]
+    main(show if len(given) < len(sys.argv) - 1 else preprocess, given)

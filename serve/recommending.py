@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Known:
     """In rows of the shelf."""
     vector: np.ndarray
     """float32 [W]."""
+    scores: np.ndarray
+    """float32 [N]: of the shelf's items, as it was then."""
     unknown: list[str]
 
 
@@ -135,9 +137,11 @@ class Model:
             available=form.available,
         )
 
-    def _users(self, waiting: Sequence[Any]) -> list[np.ndarray]:
+    def _users(self, waiting: Sequence[Waiting]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        """Vector and scores of each user: the catalogue is read once for all of them."""
         with self._computing:
-            return list(self.predictor.users([one.history for one in waiting], self.shelf.vectors))
+            vectors = self.predictor.users([one.history for one in waiting], self.shelf.vectors)
+        return zip(vectors, self.shelf.scores(vectors), strict=True)
 
     async def known(self, who: forms.Who, interactions: list[Interaction]) -> Known:
         """Of a user's interactions, the earliest first."""
@@ -158,15 +162,16 @@ class Model:
             numbers,
         )
         if kept:
-            (vector,) = await self.batcher.results([Waiting(history, self.shape.recommender.history)])  # type: ignore[list-item]
+            (found,) = await self.batcher.results([Waiting(history, self.shape.recommender.history)])
         else:
-            vector = await asyncio.to_thread(self._of_nobody, history)
-        return Known(history, vector, list(dict.fromkeys(unknown)))
+            found = await asyncio.to_thread(self._of_nobody, history)
+        return Known(history, *found, list(dict.fromkeys(unknown)))
 
-    def _of_nobody(self, history: History) -> np.ndarray:
+    def _of_nobody(self, history: History) -> tuple[np.ndarray, np.ndarray]:
         """Of a user who has done nothing: what is known besides. Then popularity, which the biases hold, decides."""
         with self._computing:
-            return self.predictor.nobody(history)
+            vector = self.predictor.nobody(history)
+        return vector, self.shelf.scores(vector[None])[0]
 
     def _about(self, context: dict[str, str | float]) -> tuple[np.ndarray, np.ndarray]:
         """Categories and numbers of a user. Raises RequestError for what the model does not know."""
@@ -210,8 +215,8 @@ class Model:
 
     def pick(self, body: forms.Request, known: Known) -> list[Recommended]:
         """The answer, in a thread."""
-        scores = self.shelf.scores(known.vector[None])[0]
-        pool = self.shelf.pool(scores, self._allowed(body, known, len(scores)), max(self.rules.pool, body.k))
+        allowed = self._allowed(body, known, len(known.scores))
+        pool = self.shelf.pool(known.scores, allowed, max(self.rules.pool, body.k))
         ranker = self.predictor.ranker
         # Who has done nothing is shown what the retrieval says: the ranker goes by what was done.
         if ranker is not None and len(pool.rows) and len(known.did.items):
@@ -252,13 +257,11 @@ class Model:
         """By the product of what the words and the items' texts mean; taste and words on one scale, each standardised."""
         with self._computing:
             words = self.predictor.meaning(body.query)
-        count = len(self.shelf)
+        count = len(known.scores)
         vectors = self.shelf.vectors[:count]
         norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(words)
         cosines = vectors @ words / np.maximum(norms, 1e-12)
-        scores = (1 - body.taste) * _standard(cosines) + body.taste * _standard(
-            self.shelf.scores(known.vector[None])[0][:count]
-        )
+        scores = (1 - body.taste) * _standard(cosines) + body.taste * _standard(known.scores)
         rows = np.flatnonzero(self._allowed(body, known, count))
         best = rows[np.argsort(-scores[rows], kind="stable")[: body.k]]
         return [

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from lib import storage, tracking
-from lib.data import recommend
+from lib.data import recommend, report
 from lib.data.clean import REJECTING
 from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
@@ -67,7 +67,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written)
-        storage.write_json(storage.join(uri, "manifest.json"), manifest)
+        report.write(uri, manifest)
     return manifest
 
 
@@ -195,6 +195,10 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
                 ]
                 for name, samples in scanned.samples.items()
             },
+        },
+        "examples": {
+            name: [{"row": plan.reading.place(position), "text": text} for position, text in rows]
+            for name, rows in {**scanned.examples, **written.examples}.items()
         },
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},

@@ -41,6 +41,29 @@ NEAR_COLUMNS = ("worth", "group", "text_bands", "group_bands")
 STAYS = -2
 
 
+# Why rows were left out → the first of them in source order: position, how the text begins.
+Examples = dict[str, list[tuple[int, str]]]
+SHOWN_TEXT = 120
+
+
+def first_of(
+    why: dict[str, np.ndarray], positions: np.ndarray, texts: pa.Array, shown: int
+) -> dict[str, list[list[Any]]]:
+    """Examples of a block, for its counts: of the rows of each mask bool [rows] the first `shown`."""
+    found = {}
+    for name, mask in why.items():
+        if rows := np.flatnonzero(mask)[:shown].tolist():
+            found[name] = [[int(positions[row]), (texts[row].as_py() or "")[:SHOWN_TEXT]] for row in rows]
+    return found
+
+
+def join_examples(known: Examples, more: dict[str, list[list[Any]]], shown: int) -> None:
+    """Add those of a block, of any place in the source, to `known`."""
+    for name, rows in more.items():
+        joined = [*known.get(name, []), *((int(position), str(text)) for position, text in rows)]
+        known[name] = sorted(joined)[:shown]
+
+
 @dataclass
 class Scanned:
     """What the first pass found."""
@@ -68,6 +91,8 @@ class Scanned:
     """Filter → rows that did not pass it."""
     samples: dict[str, list[tuple[int, str, str]]] = field(default_factory=dict)
     """Filter → the first of these rows: position, what was measured, how the text begins."""
+    examples: Examples = field(default_factory=dict)
+    """Of rows that are `empty` or `unlabelled`."""
 
 
 @dataclass
@@ -86,6 +111,8 @@ class Written:
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
     """Position of the first row that could not be encoded, and why."""
+    examples: Examples = field(default_factory=dict)
+    """Of the rows of each `dropped`, and of those that are `moved`."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
@@ -139,6 +166,7 @@ def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tupl
             known = scanned.samples.setdefault(name, [])
             known += [tuple(sample) for sample in samples[: settings.data.clean.samples - len(known)]]
         scanned.unknown = scanned.unknown.merge(Unknown(**counts["unknown"]))
+        join_examples(scanned.examples, counts["examples"], settings.data.clean.samples)
         scanned.files.update({int(index): rows for index, rows in counts["files"].items()})
     return scanned, hashes
 
@@ -217,6 +245,7 @@ def write(
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
         written.redacted.update(block["redacted"])
+        join_examples(written.examples, block["examples"], settings.data.clean.samples)
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
         if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
@@ -236,13 +265,17 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     prepared, cleaned = ready.prepared, ready.cleaned
     positions = block.rows[blocks.POSITION].to_numpy()
     empty = prepared.empty & ~ready.rejected
+    unlabelled = ~empty & ~ready.rejected & (prepared.labels == MISSING)
     first_wrong = min(prepared.malformed, default=None)
     keys, sketched = bands(ready, settings.data)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
         "rows": len(positions),
         "empty": int(empty.sum()),
-        "unlabelled": int((~empty & ~ready.rejected & (prepared.labels == MISSING)).sum()),
+        "unlabelled": int(unlabelled.sum()),
+        "examples": first_of(
+            {"empty": empty, "unlabelled": unlabelled}, positions, prepared.texts, settings.data.clean.samples
+        ),
         "malformed": None
         if first_wrong is None
         else [int(positions[first_wrong]), prepared.malformed[first_wrong]],
@@ -305,8 +338,11 @@ def write_block(
     placed = dedup.among(ray.get(list(found.placed)), positions, "place", STAYS)
     moved, leaking = (reasons == 0) & (placed >= 0), (reasons == 0) & (placed == LEFT_OUT)
     keep = reasons == 0
+    why = {reason.name.lower(): reasons == reason for reason in Reason}
+    texts = ready.prepared.texts.filter(pa.array(ready.usable))
     if data.leakage == "check":
         keep &= ~leaking
+        why |= {"leaking": leaking | why["leaking"], "moved": moved}
     rows = ready.prepared.rows
     for name in data.slices:
         rows = rows.append_column(name, block.rows[name])
@@ -338,6 +374,7 @@ def write_block(
         "moved": int(moved.sum()),
         "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
         "undersampled": int(spare.sum()),
+        "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
     }

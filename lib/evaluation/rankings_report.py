@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from lib import pages
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
@@ -78,8 +78,6 @@ def _ends(report: EvalReport, name: str) -> str:
 
 def write(measured: Measured, folder: Path) -> None:
     """Fill an empty directory."""
-    from jinja2 import Environment, StrictUndefined
-
     report = measured.report
     scores = {name: figures[report.deciding] for name, figures in systems(report).items()}
     png = plots.comparison_plot(
@@ -87,15 +85,14 @@ def write(measured: Measured, folder: Path) -> None:
     )
     (folder / "baselines.png").write_bytes(png)
     pq.write_table(measured.predictions, folder / PREDICTIONS)
-    # Titles are a user's: whatever they hold is shown, never run.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = pages.render(
+        TEMPLATE,
         report=report,
         systems=systems(report),
         headings={key: heading for key, heading in HEADINGS.items() if key in report.metrics},
         sliced=SLICED,
         earned=_earned(report),
-        figure=base64.b64encode(png).decode(),
+        figure=pages.embedded(png),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     report.write(folder)
