@@ -23,6 +23,7 @@ from lib.data.rows import Rows, gathered
 from lib.data.sources import BINARY, SourceFile
 from lib.errors import DataError, StorageError
 
+# Of what has no buffer of its own. Those of the decompressors are small, and so is what a damage takes from before it.
 BUFFER_BYTES = 1 << 20
 
 
@@ -98,7 +99,7 @@ def opened(file: SourceFile) -> Iterator[Any]:
             if file.format in BINARY:
                 yield stream
             else:
-                yield io.BufferedReader(_decompressed(stream, file.compression), BUFFER_BYTES)
+                yield _decompressed(stream, file.compression)
         except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"{file.name} is damaged: {error}; fetch it again") from error
         except OSError as error:
@@ -116,6 +117,6 @@ def _decompressed(stream: Any, compression: str | None) -> Any:
         case "xz":
             return lzma.LZMAFile(stream)
         case "zstd":
-            return pa.CompressedInputStream(stream, "zstd")
+            return io.BufferedReader(pa.CompressedInputStream(stream, "zstd"), BUFFER_BYTES)
         case _:
-            return stream
+            return io.BufferedReader(stream, BUFFER_BYTES)

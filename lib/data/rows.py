@@ -17,6 +17,8 @@ from lib.errors import DataError
 
 # One row of text must fit into this; a longer one is nearly always an unclosed quote, or no text.
 ROW_BYTES = 8 << 20
+# A row's position is its file's number and its number in the file, in one integer.
+ROW_BITS = 40
 # So much of a row that cannot be read is kept, to be shown once personal data has left it.
 KEPT_CHARACTERS = 500
 TO_UTF8 = "convert the file to UTF-8, such as with iconv -f WINDOWS-1252 -t UTF-8"

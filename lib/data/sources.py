@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from lib import storage
-from lib.data import preferences
+from lib.data import preferences, queries
 from lib.errors import ConfigError, DataError, nearest
 from lib.samples import is_sample, sample_path
 
@@ -87,23 +87,43 @@ class SourceFile:
     """As messages and manifests show it: `sample://NAME`, or the URI without `file://` and passwords."""
     split: str | None = None
     """The split that all its rows belong to; None where they are divided among the splits."""
+    columns: tuple[str, ...] | None = None
+    """Of what a query gave: known already, as is `checksum`."""
+    checksum: str | None = None
 
 
 def find_files(
-    sources: Sequence[str], kind: str = "auto", split: str | None = None, key: str = "data.source"
+    sources: Sequence[str],
+    kind: str = "auto",
+    split: str | None = None,
+    key: str = "data.source",
+    query: str | None = None,
+    fresh: bool = True,
 ) -> list[SourceFile]:
     """The files of all sources: sources in the given order, the files of each sorted by path.
 
     `kind` is the format of all files, or `auto` to go by their endings; `split` is where their rows belong;
-    `key` of the configuration named them.
+    `key` of the configuration named them; `query` is what a database among them is asked, anew if `fresh`.
 
     Raises ConfigError for a source that names nothing or an ending that names no format, DataError for a
     file that is not what its ending says, StorageError for a URI that cannot be reached.
     """
-    files = [file for source in sources for file in _files_of(source, kind, split, key)]
-    for file in files:
-        _check_content(file)
+    files: list[SourceFile] = []
+    for source in sources:
+        if queries.is_database(source):
+            files.append(_asked(source, query, split, key, fresh))
+            continue
+        found = _files_of(source, kind, split, key)
+        for file in found:
+            _check_content(file)
+        files += found
     return files
+
+
+def _asked(source: str, query: str | None, split: str | None, key: str, fresh: bool) -> SourceFile:
+    rows = queries.snapshot(source, query, key, fresh)
+    columns = tuple(rows.columns)
+    return SourceFile(rows.uri, "parquet", None, rows.size, rows.shown, split, columns, rows.content)
 
 
 def _files_of(source: str, kind: str, split: str | None, key: str) -> list[SourceFile]:

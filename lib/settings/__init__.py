@@ -11,6 +11,7 @@ from lib.settings.cleaning import (
     CleanSettings,
     LengthSettings,
     NearSettings,
+    QuarantineSettings,
     RepetitionSettings,
 )
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
@@ -90,6 +91,7 @@ __all__ = [
     "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "QuarantineSettings",
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",
