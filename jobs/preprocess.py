@@ -18,28 +18,36 @@ from lib.command import connect, main
 from lib.data import noise
 from lib.data.explain import explain
 from lib.data.plan import Plan, plan
+from lib.data.quarantine import FILE as QUARANTINE
+from lib.data.quarantine import REASONS
 from lib.data.report import FILE as REPORT
 from lib.settings import Settings
 
 
 def preprocess(settings: Settings) -> None:
     planned = plan(settings)
+    try:
+        report(planned, made(planned))
+    finally:
+        planned.forget()
+
+
+def made(planned: Plan) -> dict[str, Any]:
+    """The manifest of the dataset, made if it is not there."""
     if planned.ref.exists():
         print(
             f"dataset {planned.ref.fingerprint} is there already, made from the same input and config: skipped"
         )
-        manifest = planned.ref.manifest()
-    else:
-        connect()
-        from lib.data.build import build  # imports ray
+        return planned.ref.manifest()
+    connect()
+    from lib.data.build import build  # imports ray
 
-        manifest = build(planned)
-    report(planned, manifest)
+    return build(planned)
 
 
 def show(settings: Settings) -> None:
     """The plan alone."""
-    print("\n".join(explain(plan(settings))))
+    print("\n".join(explain(plan(settings, fresh=False))))
 
 
 def report(planned: Plan, manifest: dict[str, Any]) -> None:
@@ -47,6 +55,9 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
+    if (left_out := manifest.get("quarantine")) and left_out["reasons"]:
+        reasons = ", ".join(f"{n:,} {REASONS[reason]}" for reason, n in left_out["reasons"].items())
+        print(f"quarantine   {reasons}; see {storage.display(storage.join(planned.ref.uri, QUARANTINE))}")
     for line in [*_cleaned(manifest), *_split(manifest)]:
         print(line)
     width = max([10, *(len(label) for label in labels)])

@@ -23,7 +23,7 @@ from functools import partial
 from typing import Any
 
 from lib import heads, storage, tracking
-from lib.data import noise, recommend, report
+from lib.data import noise, quarantine, recommend, report
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
@@ -65,7 +65,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         read: Callable[[str], Any] = partial(source, plan.reading, plan.texts, plan.rules)
         if plan.rules and plan.rules.names:  # its model reads the rows once, not at each pass
             read = partial(_already, read("redact").materialize())
-        scanned, hashes = scan(plan.reading, plan.settings, read("scan"))
+        scanned, hashes = scan(plan.reading, plan.settings, read("scan"), plan.rules)
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows")
         found = _found(plan, scanned, read, hashes, say)
@@ -73,7 +73,10 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
         packed = with_written(read("write"), plan.reading, plan.settings, found, new, plan.rules)
-        written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new)
+        written = write(
+            plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new, plan.rules
+        )
+        quarantine.gather(uri)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written, found.cuts)
         if plan.settings.data.label_noise.report:
@@ -121,12 +124,14 @@ def _found(
 def _check_scanned(plan: Plan, scanned: Scanned) -> None:
     if scanned.problem:
         raise DataError(scanned.problem)
+    share, left_out = plan.settings.data.quarantine.share, scanned.quarantined
+    quarantine.check(left_out, plan.reading, scanned.rows, share)
     if not scanned.rows:
         raise DataError(f"the source {_source(plan)} holds no rows")
-    if scanned.malformed is not None:
+    if scanned.malformed is not None and not share:
         raise DataError(f"{plan.reading.place(scanned.malformed[0])} {scanned.malformed[1]}")
     unknown = scanned.unknown
-    if unknown.first is not None:
+    if unknown.first is not None and not share:
         values = ", ".join(repr(v) for v in unknown.values) + (
             ", …" if len(unknown.values) == unknown.SHOWN else ""
         )
@@ -134,19 +139,23 @@ def _check_scanned(plan: Plan, scanned: Scanned) -> None:
             f"data.labels: {unknown.rows:,} of {scanned.rows:,} rows hold a label outside the mapping ({values}); "
             f"first: {plan.reading.place(unknown.first)}; add the values to data.labels or correct the source"
         )
-    rejected = sum(scanned.rejected.values())
-    if scanned.empty + scanned.unlabelled + rejected == scanned.rows:
-        left_out = f"; {rejected:,} do not pass data.clean" if rejected else ""
+    rejected, rows = sum(scanned.rejected.values()), scanned.rows + left_out.unread
+    if scanned.empty + scanned.unlabelled + rejected + left_out.rows == rows:
+        more = f"; {rejected:,} do not pass data.clean" if rejected else ""
+        more += f"; {left_out.rows:,} are in quarantine" if left_out.rows else ""
         raise DataError(
-            f"no usable row in {_source(plan)}: of {scanned.rows:,}, {scanned.empty:,} have no text "
-            f"and {scanned.unlabelled:,} no label{left_out}"
+            f"no usable row in {_source(plan)}: of {rows:,}, {scanned.empty:,} have no text "
+            f"and {scanned.unlabelled:,} no label{more}"
         )
 
 
 def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> None:
     if written.refused is not None:
         raise DataError(f"{plan.reading.place(written.refused[0])} {written.refused[1]}")
-    if written.rows != scanned.rows:
+    share = plan.settings.data.quarantine.share
+    quarantine.check(written.quarantined, plan.reading, written.rows, share)
+    before = {why: n for why, n in written.quarantined.reasons.items() if why != quarantine.UNENCODABLE}
+    if written.rows != scanned.rows or before != scanned.quarantined.reasons:
         raise DataError(f"the source {_source(plan)} changed while it was read; run again")
     rows = sum(count.rows for count in written.splits.values())
     for split, count in written.splits.items():
@@ -216,20 +225,23 @@ def _source(plan: Plan) -> str:
 def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None) -> dict[str, Any]:
     settings = plan.settings
     classes = load_task(settings.task).classes(settings.data)
+    share, left_out = settings.data.quarantine.share, written.quarantined
     return {
         **plan.manifest_head(),
         "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
         **({"knowledge": str(plan.knowledge)} if plan.knowledge else {}),
-        "rows_read": scanned.rows,
+        "rows_read": scanned.rows + written.quarantined.unread,
         "dropped": {
             "empty": scanned.empty,
             "unlabelled": scanned.unlabelled,
+            **({"quarantined": written.quarantined.rows} if share else {}),
             **{reason: scanned.rejected[reason] for reason in REJECTING if scanned.rejected[reason]},
             **{reason: rows for reason, rows in written.dropped.items() if reason != "leaking"},
             "leaking": written.leaking if settings.data.leakage == "check" else 0,
             "undersampled": written.undersampled,
         },
+        **({"quarantine": quarantine.manifest(left_out, plan.reading, share)} if share else {}),
         **({"redacted": dict(sorted(written.redacted.items()))} if plan.rules else {}),
         "cleaned": {
             "changed": dict(scanned.changed),
@@ -244,13 +256,15 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None)
         "examples": {
             name: [{"row": plan.reading.place(position), "text": text} for position, text in rows]
             for name, rows in {**scanned.examples, **written.examples}.items()
-        },
+        }
+        | quarantine.examples(left_out, plan.reading, settings.data.clean.samples),
         **({"augmented": dict(sorted(written.augmented.items()))} if settings.data.augment else {}),
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "split": _split(plan.settings.data.split, cuts),
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
         "sources": [
             {"uri": file.name, "rows": scanned.files.get(i, 0), "checksum": checksum}
+            | ({"query": settings.data.query} if file.columns is not None else {})
             for i, (file, checksum) in enumerate(zip(plan.reading.files, plan.checksums, strict=True))
         ],
         "settings": settings.data.model_dump(mode="json", exclude=SOURCES),

@@ -8,6 +8,7 @@ from lib import storage
 from lib.artifacts import SPLITS
 from lib.data.blocks import BLOCK_BYTES, Reading
 from lib.data.plan import Plan
+from lib.data.sources import COMPRESSION_NAMES
 from lib.settings import DataSettings, Settings
 from lib.tasks import load_task
 
@@ -48,7 +49,8 @@ def _told(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _read(name: str, reading: Reading) -> Iterator[tuple[str, str]]:
     for place, file in enumerate(reading.files[:SHOWN_FILES]):
-        whole = f"{file.name}, {file.format}{' in gzip' if file.gzip else ''}, {_size(file.size)}"
+        kind = "what a query gives" if file.columns is not None else file.format
+        whole = f"{file.name}, {kind}{f' in {COMPRESSION_NAMES[file.compression]}' if file.compression else ''}, {_size(file.size)}"
         yield name if not place else "", whole + (f", all of it {file.split}" if file.split else "")
     if rest := reading.files[SHOWN_FILES:]:
         yield "", f"and {len(rest):,} more files, {_size(sum(file.size for file in rest))}"
@@ -58,6 +60,11 @@ def _read(name: str, reading: Reading) -> Iterator[tuple[str, str]]:
 
 def _rows(plan: Plan, settings: Settings) -> Iterator[tuple[str, str]]:
     data = settings.data
+    if share := data.quarantine.share:
+        yield (
+            "quarantine",
+            f"at most {share:.2%} of the rows, and of the bytes by damaged files, that cannot be used",
+        )
     yield "redact", _redaction(plan)
     if not data.clean.does_nothing:
         yield "clean", _cleaning(data)

@@ -90,8 +90,8 @@ def mix(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             "parts": {name: part.ref.fingerprint for name, part in plan.parts.items()},
             "rows_read": sum(one["rows_read"] for one in manifests.values()),
             "dropped": {
-                reason: sum(one["dropped"][reason] for one in manifests.values())
-                for reason in next(iter(manifests.values()))["dropped"]
+                reason: sum(one["dropped"].get(reason, 0) for one in manifests.values())
+                for reason in dict.fromkeys(why for one in manifests.values() for why in one["dropped"])
             },
             "redacted": dict(
                 sum((Counter(one.get("redacted", {})) for one in manifests.values()), Counter())

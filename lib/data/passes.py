@@ -21,12 +21,15 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding, noise
+from lib.data import blocks, clean, dedup, grounding, noise, quarantine
 from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
 from lib.data.dedup import Reason
 from lib.data.places import Found, places
-from lib.data.ready import bands, prepare
+from lib.data.quarantine import UNENCODABLE, Entry, Quarantined
+from lib.data.ready import Ready, bands, prepare
+from lib.data.redact import Rules
+from lib.data.rows import beginning
 from lib.data.shards import SplitCount, write_shards
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
@@ -78,6 +81,7 @@ class Scanned:
     """The first thing in the source that could not be read."""
     malformed: tuple[int, str] | None = None
     """Position of the first row of a wrong form, and what is wrong with it."""
+    quarantined: Quarantined = field(default_factory=Quarantined)
     usable: int = 0
     grouped: bool = False
     """Whether something else than its text decides the split of a row (`Prepared.groups`)."""
@@ -113,12 +117,16 @@ class Written:
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
     """Position of the first row that could not be encoded, and why."""
+    quarantined: Quarantined = field(default_factory=Quarantined)
+    """Those of the first pass, and rows that could not be encoded."""
     examples: Examples = field(default_factory=dict)
     """Of the rows of each `dropped`, and of those that are `moved`."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
-def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tuple[Scanned, ray.data.Dataset]:
+def scan(
+    reading: Reading, settings: Settings, packed: ray.data.Dataset, rules: Rules | None = None
+) -> tuple[Scanned, ray.data.Dataset]:
     """First pass, over packed blocks: count what is there and hash every usable text.
 
     The hashes are a dataset of packed HASH_COLUMNS and NEAR_COLUMNS that lies in the object store while it is referred to.
@@ -130,6 +138,7 @@ def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tupl
                 "columns": list(reading.columns),
                 "settings": settings,
                 "partitions": _partitions(reading),
+                "rules": rules,
             },
             batch_size=1,
             batch_format="pyarrow",
@@ -143,6 +152,7 @@ def scan(reading: Reading, settings: Settings, packed: ray.data.Dataset) -> tupl
         scanned.problem = scanned.problem or row["problem"]
         if scanned.malformed is None and counts["malformed"]:
             scanned.malformed = tuple(counts["malformed"])
+        scanned.quarantined.add(Quarantined.from_json(counts["quarantined"]))
         scanned.blocks[row["fragment"]] += 1
         scanned.rows += counts["rows"]
         scanned.empty += counts["empty"]
@@ -201,6 +211,7 @@ def write(
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
     making: Making | None = None,
+    rules: Rules | None = None,
 ) -> Written:
     """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
     passages that `knowledge` has for them, and `making` makes further rows of those that train.
@@ -219,6 +230,7 @@ def write(
             "knowledge": knowledge,
             "making": making,
             "usable": scanned.usable,
+            "rules": rules,
         },
         batch_size=1,
         batch_format="pyarrow",
@@ -233,6 +245,7 @@ def write(
             written.refused = min(written.refused or first, first)
             continue
         written.rows += block["rows"]
+        written.quarantined.add(Quarantined.from_json(block["quarantined"]))
         written.dropped.update(block["dropped"])
         written.moved += block["moved"]
         written.leaking += block["leaking"]
@@ -253,7 +266,9 @@ def _partitions(reading: Reading) -> int:
     return dedup.partitions(sum(file.size for file in reading.files))
 
 
-def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int) -> pa.Table:
+def scan_block(
+    row: pa.Table, columns: Sequence[str], settings: Settings, partitions: int, rules: Rules | None = None
+) -> pa.Table:
     """Runs in a task: counts and hashes of one block."""
     block = blocks.from_row(row, columns)
     ready = prepare(block.rows, settings)
@@ -262,6 +277,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
     empty = prepared.empty & ~ready.rejected
     unlabelled = ~empty & ~ready.rejected & (prepared.labels == MISSING)
     first_wrong = min(prepared.malformed, default=None)
+    entries = _set_aside(block, ready, settings, rules)
     keys, sketched = bands(ready, settings.data)
     files, file_rows = np.unique(positions >> blocks.ROW_BITS, return_counts=True)
     counts = {
@@ -276,6 +292,7 @@ def scan_block(row: pa.Table, columns: Sequence[str], settings: Settings, partit
         else [int(positions[first_wrong]), prepared.malformed[first_wrong]],
         "unknown": asdict(Unknown.among(prepared.values, prepared.labels, positions)),
         "files": dict(zip(files.tolist(), file_rows.tolist(), strict=True)),
+        "quarantined": Quarantined.among(entries, block.bad).to_json(),
         "usable": int(ready.usable.sum()),
         "grouped": prepared.groups is not None,
         "sketched": sketched,
@@ -327,6 +344,7 @@ def write_block(
     knowledge: IndexRef | None = None,
     making: Making | None = None,
     usable: int = 0,
+    rules: Rules | None = None,
 ) -> pa.Table:
     """Runs in a task: one block's shards; its counts. `usable` rows there are in all."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
@@ -352,22 +370,37 @@ def write_block(
     if making is not None:
         rows, split, of, made = making.added(rows, split, labels[at.stays], written_for(row), block)
         sources = sources[of]
+    refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
         splits = write_shards(
-            rows if knowledge is None else grounding.ground(rows, settings, knowledge),
+            rows if knowledge is None else grounding.ground(rows, settings, knowledge, refused),
             split,
             first_shards[block.fragment] + block.number,
             uri,
             task,
             settings.model,
             task.classes(data),
+            refused,
         )
     except UnencodableError as error:
-        refused = [int(positions[sources[error.row]]), str(error)]
-        return pa.table({"counts": [json.dumps({"refused": refused})]})
+        return pa.table(
+            {"counts": [json.dumps({"refused": [int(positions[sources[error.row]]), str(error)]})]}
+        )
+    entries = _set_aside(block, ready, settings, rules)
+    if refused:
+        # New rows that were made of a row are refused with it, which is told once.
+        whose = {int(sources[n]): why for n, why in refused.items()}
+        more = [
+            Entry(int(positions[n]), UNENCODABLE, why, beginning(texts[n].as_py()))
+            for n, why in whose.items()
+        ]
+        entries += quarantine.without_personal_data(more, rules)
+        entries.sort(key=lambda entry: entry.position)
+    quarantine.write(entries, reading, block, uri)
     counts = {
         "rows": block.rows.num_rows,
         "dropped": {reason.name.lower(): int((at.reasons == reason).sum()) for reason in Reason},
+        "quarantined": Quarantined.among(entries, block.bad).to_json(),
         "moved": int(at.moved.sum()),
         "leaking": int(at.leaking.sum() + (at.reasons == Reason.LEAKING).sum()),
         "undersampled": int(at.spare.sum()),
@@ -378,3 +411,10 @@ def write_block(
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _set_aside(block: blocks.Block, ready: Ready, settings: Settings, rules: Rules | None) -> list[Entry]:
+    """What both passes leave out of a block; nothing, where the first of them ends the job."""
+    if not settings.data.quarantine.share:
+        return []
+    return quarantine.of_block(block, ready, load_task(settings.task).TEXTS, rules)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import augment, blocks, clean, grounding, sources, split
+from lib.data import augment, blocks, clean, grounding, queries, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
-from lib.errors import ConfigError
+from lib.errors import ConfigError, DataError
 from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
 from lib.settings import Settings, TableSettings
@@ -27,6 +28,7 @@ FORMAT = 1
 # What the configuration says of places: their content counts, and it has checksums.
 SOURCES: dict[str, Any] = {
     **dict.fromkeys(("source", "validation_source", "test_source"), True),
+    "query": True,
     "items": {"source"},
     "users": {"source"},
     "augment": {
@@ -71,6 +73,12 @@ class Plan:
         """Of the source and the tables; `checksums` are theirs."""
         return [file for reading in (self.reading, *self.tables.values()) for file in reading.files]
 
+    def forget(self) -> None:
+        """Remove the rows that a database gave, once they are read or nobody will read them."""
+        for part in self.parts.values():
+            part.forget()
+        _forget(self.all_files)
+
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest of every dataset begins with."""
         return {
@@ -85,15 +93,15 @@ class Plan:
         }
 
 
-def plan(settings: Settings) -> Plan:
+def plan(settings: Settings, fresh: bool = True) -> Plan:
     """Look at the source and name the dataset, without reading rows or starting Ray.
 
-    Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
+    A database is asked anew if `fresh`, for whoever is to read its rows; else what it gave last names the dataset. Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
     or an index that cannot be used.
     """
     data = settings.data
     if data.parts:
-        return _mixed(settings)
+        return _mixed(settings, fresh)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     split.check(data, task, settings.task)
@@ -102,15 +110,35 @@ def plan(settings: Settings) -> Plan:
         file
         for given, uris in data.sources.items()
         for file in sources.find_files(
-            uris, data.format, given, f"data.{given}_source" if given else "data.source"
+            uris,
+            data.format,
+            given,
+            f"data.{given}_source" if given else "data.source",
+            None if given else data.query,
+            fresh,
         )
     ]
+    try:
+        return _named(settings, files)
+    except BaseException:
+        _forget(files)
+        raise
+
+
+def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
+    """The dataset of these files."""
+    data, task = settings.data, load_task(settings.task)
     clean.check(data, clean.texts(task), settings.task)
     if data.label_noise.report and settings.task != "sentiment":
         raise ConfigError(
             f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
         )
-    columns = {**task.columns(data, column_names(files[0])), **data.slices, **split.columns(data)}
+    bad_rows = data.quarantine.share > 0
+    if bad_rows and settings.task == "recommend":
+        raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
+    with ThreadPoolExecutor(8) as pool:
+        present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
+    columns = {**task.columns(data, _known(present)), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -127,11 +155,12 @@ def plan(settings: Settings) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
+    for file, names in zip(files, present, strict=True):
+        if not isinstance(names, DataError):
+            sources.check_columns(file, keys, names)
     with ThreadPoolExecutor(8) as pool:
-        for file, present in zip(files, pool.map(column_names, files), strict=True):
-            sources.check_columns(file, keys, present)
         read = [*files, *(file for reading in tables.values() for file in reading.files)]
-        checksums = tuple(pool.map(storage.checksum, [f.uri for f in read]))
+        checksums = tuple(pool.map(lambda file: file.checksum or storage.checksum(file.uri), read))
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
     knowledge = None
     if data.grounded and settings.serving.knowledge is not None:
@@ -164,9 +193,35 @@ def plan(settings: Settings) -> Plan:
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     lists = task.LISTS.intersection(columns)
-    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
+    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit, bad_rows)
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
+
+
+def _forget(files: list[sources.SourceFile]) -> None:
+    for file in files:
+        if file.columns is not None:
+            queries.forget(file.uri)
+
+
+def _present(file: sources.SourceFile, bad_rows: bool) -> list[str] | DataError:
+    """The columns of a file; or, where it may be bad, why it has none."""
+    if file.columns is not None:
+        return list(file.columns)
+    try:
+        return column_names(file, bad_rows)
+    except DataError as error:
+        if not bad_rows:
+            raise
+        return error
+
+
+def _known(present: list[list[str] | DataError]) -> list[str]:
+    """The columns of the first file that has any."""
+    for names in present:
+        if not isinstance(names, DataError):
+            return names
+    raise present[0]  # type: ignore[misc]
 
 
 def _table(name: str, table: TableSettings) -> blocks.Reading:
@@ -182,8 +237,8 @@ def _table(name: str, table: TableSettings) -> blocks.Reading:
     return blocks.Reading(tuple(files), columns, frozenset(), TABLE_ROWS, None)
 
 
-def _mixed(settings: Settings) -> Plan:
-    parts = {name: plan(settings.part(name)) for name in settings.data.parts}
+def _mixed(settings: Settings, fresh: bool) -> Plan:
+    parts = {name: plan(settings.part(name), fresh) for name in settings.data.parts}
     identity = {
         "format": FORMAT,
         "parts": {name: part.ref.fingerprint for name, part in parts.items()},

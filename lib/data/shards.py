@@ -68,26 +68,28 @@ def write_shards(
     task: Task,
     model: ModelSettings,
     classes: list[str],
+    refused: dict[int, str] | None = None,
 ) -> dict[str, SplitCount]:
     """Encode `rows` (`id`, the task's columns, slices) and write a shard for each split that has any.
 
     `splits` int8 [rows] indexes SPLITS; `number` names the shard. Returns the counts by split. Raises
-    UnencodableError, with the number of the row among `rows`.
+    UnencodableError, with the number of the row among `rows`; or, where `refused` is given, leaves such rows out
+    and adds them to it, with the reason, to those that it has already.
     """
     counts = {}
     for index, split in enumerate(SPLITS):
-        chosen = np.flatnonzero(splits == index)
-        if not len(chosen):
-            continue
+        chosen = np.array([row for row in np.flatnonzero(splits == index) if row not in (refused or ())], int)
         own = rows
         if split != "train":
             own = rows.drop_columns([name for name in OF_TRAINING if name in rows.column_names])
-        encoded = pa.concat_tables(
-            [
-                _encode(own, chosen[start : start + ENCODE_ROWS], task, model)
-                for start in range(0, len(chosen), ENCODE_ROWS)
-            ]
-        )
+        parts = [
+            _encode(own, chosen[start : start + ENCODE_ROWS], task, model, refused)
+            for start in range(0, len(chosen), ENCODE_ROWS)
+        ]
+        found = [part for part in parts if part is not None]
+        if not found:
+            continue
+        encoded = pa.concat_tables(found)
         path = storage.join(uri, split, shard_name(number))
         with storage.open_file(path, "wb") as file:
             pq.write_table(encoded, file, compression="zstd")
@@ -95,11 +97,22 @@ def write_shards(
     return counts
 
 
-def _encode(rows: pa.Table, chosen: np.ndarray, task: Task, model: ModelSettings) -> pa.Table:
+def _encode(
+    rows: pa.Table, chosen: np.ndarray, task: Task, model: ModelSettings, refused: dict[int, str] | None
+) -> pa.Table | None:
     try:
         return task.encode(rows.take(pa.array(chosen)), model)
     except UnencodableError as error:
-        raise UnencodableError(int(chosen[error.row]), str(error)) from None
+        if refused is None:
+            raise UnencodableError(int(chosen[error.row]), str(error)) from None
+    good = []
+    for row in chosen.tolist():
+        try:
+            task.encode(rows.slice(row, 1), model)
+            good.append(row)
+        except UnencodableError as error:
+            refused[row] = str(error)
+    return task.encode(rows.take(pa.array(good)), model) if good else None
 
 
 def _count(rows: pa.Table, labels: dict[str, int], shard: str) -> SplitCount:

@@ -12,6 +12,7 @@ from lib.settings.cleaning import (
     CleanSettings,
     LengthSettings,
     NearSettings,
+    QuarantineSettings,
     RepetitionSettings,
     SemanticSettings,
 )
@@ -103,6 +104,7 @@ __all__ = [
     "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "QuarantineSettings",
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",

@@ -17,6 +17,13 @@ class SemanticSettings(EmbedderSettings):
     """Cosine of two texts' vectors from which on they are near duplicates."""
 
 
+class QuarantineSettings(Section):
+    """Rows and files that cannot be used: up to a share they are set aside, with the reason, and the job goes on."""
+
+    share: Share = 0.0
+    """Of the rows, and of the bytes by files that are damaged. 0: the first problem ends the job."""
+
+
 class NearSettings(Section):
     """Near duplicates: texts that share so much that one of them is as good as all (`lib.data.near`).
 

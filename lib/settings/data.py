@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -13,7 +14,7 @@ from pydantic import (
 
 from lib.errors import nearest
 from lib.settings.augmentation import AugmentSettings
-from lib.settings.cleaning import CleanSettings, NearSettings
+from lib.settings.cleaning import CleanSettings, NearSettings, QuarantineSettings
 from lib.settings.labelling import NoiseSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
@@ -46,6 +47,7 @@ RESERVED_COLUMNS = {
     "number",
     "position",
     "problem",
+    "bad",
     "worth",
     # Of rows that were made of others (lib/data/augment).
     "augmented_from",
@@ -109,6 +111,11 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+# A password as it is in the URL of a database, and not by the name of an environment variable.
+_PASSWORD = re.compile(
+    r"(?:sqlite|postgresql)[^:/]*://[^/?#]*:(?!\$\{\w+\}@)[^/?#]*@|postgresql[^?]*\?.*password="
+)
+
 Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
 ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
 
@@ -149,13 +156,17 @@ class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
     source: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
+    """URI, glob, folder or zip archive of CSV, JSON, Parquet, Arrow, CoNLL columns or plain text, or `sample://NAME`; several
+    are read in order."""
+    query: str | None = None
+    """Where `source` is a database, `sqlite:///shop.db` or `postgresql://user@host/name`: the SELECT whose rows are read."""
     validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the validation split is given; None takes a share of `source`."""
     test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
     """Where the test split is given; None takes a share of `source`."""
     format: Format = "auto"
-    """Of all files; auto goes by each file's ending."""
+    """Of all files; auto goes by each file's ending. Plain text has a row a line (`text`), a paragraph (`paragraphs`) or a
+    file (`documents`)."""
     columns: Columns = Columns()
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
@@ -164,6 +175,8 @@ class DataSettings(Labelled):
     grounded: bool = False
     """chat: give each dialogue the passages that `serving.knowledge` finds for its last question, so that the model is
     trained on what it will see."""
+    quarantine: QuarantineSettings = QuarantineSettings()
+    """How many rows may be left out since they cannot be read, labelled or encoded."""
     redact: Annotated[RedactionSettings | None, BeforeValidator(switched)] = RedactionSettings()
     """Personal data is replaced before anything is hashed, split or written; false keeps it."""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -197,6 +210,17 @@ class DataSettings(Labelled):
     temperature: Annotated[float, Field(ge=1)] = 1.0
     """multitask: T; a part of n training rows is drawn with a probability that goes by n^(1/T). 1 is its share,
     and the larger T, the more even."""
+
+    @field_validator("source", "validation_source", "test_source")
+    @classmethod
+    def _no_password(cls, value: Any) -> Any:
+        for source in [value] if isinstance(value, str) else value or ():
+            if _PASSWORD.match(source):
+                raise ValueError(
+                    "a database's password does not belong into a configuration, which every run keeps; put it into the "
+                    "environment and write ${NAME} in its place"
+                )
+        return value
 
     @field_validator("slices")
     @classmethod
