@@ -145,8 +145,11 @@ class _Search:
                 self.by_group,
             )
             found += [meant] if meant is not None else []
-        links = found[0].union(*found[1:]) if found else None
-        if links is None or not (count := links.count()):
+        if not found:
+            return None
+        # Ray Data has no union of one.
+        links = found[0].union(*found[1:]) if len(found) > 1 else found[0]
+        if not (count := links.count()):
             return None
         return _Clusters(self.hashes, joined(links, count))
 
