@@ -22,7 +22,7 @@ from lib.recommender.items import JOINT, Scale
 from lib.recommender.predictor import History, Predictor
 from lib.recommender.shelf import Filters, Item, Shelf
 from lib.recommender.store import Interaction
-from lib.settings import ServingSettings
+from lib.settings import OfferSettings, ServingSettings
 from lib.tasks import recommend as task
 from serve import metrics
 from serve.batching import LengthBatcher
@@ -58,7 +58,9 @@ class Model:
         self.rules, self._application = serving.recommend, application
         self.shape = self.predictor.shape
         vectors, bias = self.predictor.vectors, self.predictor.bias
-        self.shelf = Shelf(_items(self.predictor.rows), vectors, bias, self._index(folder))
+        self.shelf = Shelf(
+            _items(self.predictor.rows), vectors, bias, usable_index(folder, self.predictor, self.rules)
+        )
         blocked = [self.shelf.row[item] for item in self.rules.block if item in self.shelf.row]
         self.blocked = frozenset(blocked)
         self._computing = threading.Lock()
@@ -75,24 +77,6 @@ class Model:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, name="items", daemon=True)
         self._thread.start()
-
-    def _index(self, folder: Path) -> index.Index | None:
-        """Of the model directory, where it finds as many of the best as are asked of it."""
-        measured, least = index.told(folder), self.rules.least_recall
-        count, exact = len(self.predictor.rows), self.shape.recommender.exact_items
-        if measured is None:
-            if count > exact:
-                logger.warning(
-                    "no index: each request looks at all %s items; export the model again", f"{count:,}"
-                )
-            return None
-        if measured.least_recall < least:
-            logger.warning(
-                "%s; below serving.recommend.least_recall %g, each request looks at all", measured, least
-            )
-            return None
-        logger.info("%s", measured)
-        return index.read(folder, self.predictor.vectors, self.predictor.bias)
 
     def close(self) -> None:
         self._ended.set()
@@ -307,6 +291,23 @@ class Waiting:
 
     def __len__(self) -> int:
         return min(len(self.history.items), self.most)
+
+
+def usable_index(folder: Path, predictor: Predictor, rules: OfferSettings) -> index.Index | None:
+    """Of a model directory, where it finds as many of the best as are asked of it."""
+    measured, count = index.told(folder), len(predictor.rows)
+    if measured is None:
+        if count > predictor.shape.recommender.exact_items:
+            logger.warning(
+                "no index of %s items: each request looks at all; export the model again", f"{count:,}"
+            )
+        return None
+    if measured.least_recall < rules.least_recall:
+        key = f"serving.recommend.least_recall {rules.least_recall:g}"
+        logger.warning("%s: below %s, each request looks at all items", measured, key)
+        return None
+    logger.info("%s", measured)
+    return index.read(folder, predictor.vectors, predictor.bias)
 
 
 def _items(rows: pa.Table) -> list[Item]:

@@ -14,6 +14,7 @@ from lib.recommender import index
 from lib.recommender.index import Aim, Index, Measured
 from lib.recommender.shelf import Filters, Item, Pool, Shelf
 from lib.settings import OfferSettings
+from tests.recommending import clustered
 
 N, W, USERS, MOST = 20_000, 32, 128, 200
 FLOOR = OfferSettings().least_recall
@@ -21,17 +22,12 @@ GENRES = 20
 
 
 def catalogue() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Vectors and biases of items that lie in some hundred heaps within a dozen larger ones, as films of a kind do; and users
-    who are near what they like."""
+    """Vectors and biases of items, and users who are near what they like."""
     random = np.random.default_rng(0)
-    kinds = random.standard_normal((12, W))
-    heaps = kinds[random.integers(0, 12, 300)] + 0.7 * random.standard_normal((300, W))
-    of = random.choice(300, N, p=random.dirichlet(np.ones(300)))
-    vectors = (heaps[of] + 0.6 * random.standard_normal((N, W))) / 6
+    vectors, _ = clustered(N, W, random)
     liked = vectors[random.integers(0, N, (USERS, 3))].mean(1) + 0.05 * random.standard_normal((USERS, W))
     users = 4 * liked / np.linalg.norm(liked, axis=1, keepdims=True)
-    bias = 0.5 * random.standard_normal(N)
-    return vectors.astype(np.float32), bias.astype(np.float32), users.astype(np.float32)
+    return vectors, random.normal(0, 0.5, N).astype(np.float32), users.astype(np.float32)
 
 
 VECTORS, BIAS, LIKED = catalogue()
