@@ -153,15 +153,11 @@ def clustered(count: int, width: int, random: np.random.Generator) -> tuple[np.n
 
 def companions(of: np.ndarray, users: int, size: int, random: np.random.Generator) -> list[np.ndarray]:
     """Histories of `size` different items, a user's out of a few heaps (`clustered`)."""
-    order = np.argsort(of, kind="stable")
+    order, starts = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of)) - np.bincount(of)
     found = []
     for _ in range(users):
-        near = np.concatenate(
-            [
-                order[start : start + size]
-                for start in np.searchsorted(of[order], of[random.integers(0, len(of), 3)])
-            ]
-        )
+        heaps = starts[of[random.integers(0, len(of), 3)]]
+        near = np.concatenate([order[start : start + size] for start in heaps])
         found.append(random.permutation(np.unique(near))[:size])
     return found
 
