@@ -30,6 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from lib.errors import ModelError
 from lib.recommender.ranker import CANDIDATES
+from lib.recommender.ranks import log_sum
 
 FILE, TOLD = "index.safetensors", "index.json"
 # Cells are this times the root of N; k-means learns from so many items of each, in so many rounds.
@@ -127,6 +128,10 @@ class Near:
     """float32 [K]."""
     log_rest: float
     """Log of the sum of exp(worth) over what was not read, by the cells' means and spreads, as if worth were Gaussian in each."""
+
+    def log_sum(self) -> float:
+        """Of all."""
+        return float(np.logaddexp(log_sum(self.worth.astype(np.float64)), self.log_rest))
 
 
 class Index:
@@ -326,8 +331,7 @@ def _exact(
     worth[one.out] = -np.inf
     size = min(CANDIDATES, len(worth) - len(np.unique(one.out)))
     best = np.argpartition(-worth, size - 1)[:size] if size else np.zeros(0, np.int64)
-    top = worth.max()
-    return best, float(top + np.log(np.exp(worth - top, dtype=np.float64).sum()))
+    return best, log_sum(worth.astype(np.float64))
 
 
 def _recalls(
@@ -335,15 +339,13 @@ def _recalls(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Shares [U] of the exact best that are found, and how far off the logs of the sums are [U]."""
     found, errors = [], []
-    for one, (best, log_sum) in zip(asked, exact, strict=True):
+    for one, (best, whole) in zip(asked, exact, strict=True):
         allowed = np.ones(len(index), bool)
         allowed[one.out] = False
         near = index.near(one.aim, allowed, enough(reads, CANDIDATES + len(np.unique(one.out))), np.inf)
         assert near is not None
         found.append(np.isin(best, near.rows).mean() if len(best) else 1.0)
-        errors.append(
-            abs(np.logaddexp(np.logaddexp.reduce(near.worth.astype(np.float64)), near.log_rest) - log_sum)
-        )
+        errors.append(abs(near.log_sum() - whole))
     return np.array(found), np.array(errors)
 
 

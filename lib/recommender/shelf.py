@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lib.recommender.index import Aim, Index
+from lib.recommender.index import Aim, Index, Near
 from lib.settings import OfferSettings
 
 GROWTH = 1.5
@@ -101,6 +101,8 @@ class Shelf:
         self._norms = np.zeros(0, np.float32)
         self._available = np.zeros(0, bool)
         self._rows_of: dict[str, list[int]] = {}
+        # The same, as they are asked for.
+        self._asked: dict[str, np.ndarray] = {}
         self._numbers = np.zeros((0, max((len(i.numbers) for i in items), default=0)), np.float32)
         self._changing = threading.Lock()
         self.index: Index | None = None
@@ -140,6 +142,8 @@ class Shelf:
                     self._rows_of[name] = [r for r in self._rows_of[name] if r != row]
                 for name in set(item.categories) - known:
                     self._rows_of.setdefault(name, []).append(row)
+                for name in known ^ set(item.categories):
+                    self._asked.pop(name, None)
                 if row == len(self.items):
                     self.items.append(item)
                 else:
@@ -174,7 +178,7 @@ class Shelf:
         for column, values in filters.categories.items():
             inside = np.zeros(count, bool)
             for value in values:
-                rows = np.array(self._rows_of.get(f"{column}={value}", []), np.int64)
+                rows = self._having(f"{column}={value}")
                 inside[rows[rows < count]] = True
             found &= inside
         for place, (least, most) in filters.numbers.items():
@@ -182,6 +186,16 @@ class Shelf:
             found &= (own >= least) & (own <= most)
         rows = np.fromiter(out, np.int64)
         found[rows[rows < count]] = False
+        return found
+
+    def _having(self, name: str) -> np.ndarray:
+        """int64: rows of a category."""
+        found = self._asked.get(name)
+        if found is None:
+            with self._changing:
+                found = np.array(self._rows_of.get(name, []), np.int64)
+                if len(found):  # not whatever clients ask for
+                    self._asked[name] = found
         return found
 
     def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int, chances: bool = True) -> Pool:
@@ -202,24 +216,23 @@ class Shelf:
         """As `pool` of the scores of a user [W], found by the index: some of the best may be missing, and what the softmax
         divides by is exact for what was read and estimated for the rest (`lib.recommender.index.Near`). `had` is how many
         items are not `allowed` because the user had them, which stand among the best."""
-        rows, worth, log_rest = self._candidates(Aim.user(user), allowed, most + had)
-        best = _best(worth, most)
-        own = worth[best].astype(np.float64)
+        found = self._candidates(Aim.user(user), allowed, most + had)
+        best = _best(found.worth, most)
+        own = found.worth[best].astype(np.float64)
         if not len(best) or not chances:
-            return Pool(rows[best], own, np.zeros(len(best)))
-        log_sum = np.logaddexp(np.logaddexp.reduce(worth.astype(np.float64)), log_rest)
-        return Pool(rows[best], own, np.exp(own - log_sum))
+            return Pool(found.rows[best], own, np.zeros(len(best)))
+        return Pool(found.rows[best], own, np.exp(own - found.log_sum()))
 
     def best(self, aim: Aim, allowed: np.ndarray, most: int, had: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """The rows [P] that are worth most, at most `most` of those `allowed`, the best first; and what they are worth. `had`
         as `near` has it."""
-        rows, worth, _ = self._candidates(aim, allowed, most + had)
-        best = _best(worth, most)
-        return rows[best], worth[best]
+        found = self._candidates(aim, allowed, most + had)
+        best = _best(found.worth, most)
+        return found.rows[best], found.worth[best]
 
-    def _candidates(self, aim: Aim, allowed: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray, float]:
-        """Rows of `allowed` [K] among which the best `most` are, what they are worth [K], and the log of the sum of the exp of
-        what the others are."""
+    def _candidates(self, aim: Aim, allowed: np.ndarray, most: int) -> Near:
+        """Those of `allowed` among which the best `most` are: what the index says, and what came or changed since; all, where
+        there is no index or it would not be quicker."""
         if self.index is not None:
             changed, inside = self._changed, len(self.index)
             enough = self.index.enough(most)
@@ -229,13 +242,13 @@ class Shelf:
                 if near is not None:
                     fresh = np.concatenate([changed, np.arange(inside, len(allowed))])
                     fresh = fresh[allowed[fresh]]
-                    rows = np.concatenate([near.rows, fresh])
-                    return rows, np.concatenate([near.worth, self._worth(aim, fresh)]), near.log_rest
+                    worth = np.concatenate([near.worth, self._worth(aim, fresh)])
+                    return Near(np.concatenate([near.rows, fresh]), worth, near.log_rest)
         rows = np.flatnonzero(allowed)
         # Copied out they are read at random, which costs more than to read all.
         if 2 * len(rows) > len(allowed):
-            return rows, self._worth(aim, slice(len(allowed)))[rows], -np.inf
-        return rows, self._worth(aim, rows), -np.inf
+            return Near(rows, self._worth(aim, slice(len(allowed)))[rows], -np.inf)
+        return Near(rows, self._worth(aim, rows), -np.inf)
 
     def _worth(self, aim: Aim, rows: np.ndarray | slice) -> np.ndarray:
         return aim.worth(self._vectors[rows], self._bias[rows], self._norms[rows])
