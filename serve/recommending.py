@@ -295,7 +295,7 @@ class Waiting:
 
 def usable_index(folder: Path, predictor: Predictor, rules: OfferSettings) -> index.Index | None:
     """Of a model directory, where it finds as many of the best as are asked of it."""
-    measured, count = index.told(folder), len(predictor.rows)
+    measured, count = index.told(str(folder)), len(predictor.rows)
     if measured is None:
         if count > predictor.shape.recommender.exact_items:
             logger.warning(

@@ -165,9 +165,7 @@ def measure(
     scorers = model_scorers(model_uri, dataset, settings.serving) | rival_scorers(dataset)
     ranked = {name: rank(scorer, known, targets) for name, scorer in scorers.items()}
     measured = report(subject, dataset, rows, known, targets, places, ranked, settings, metric)
-    with storage.local_copy(model_uri) as folder:
-        told = index.told(folder)
-    if told is not None:
+    if (told := index.told(model_uri)) is not None:
         methods = measured.report.methods | {INDEX: str(told)}
         measured = replace(measured, report=replace(measured.report, methods=methods))
     if not shown:

@@ -18,7 +18,6 @@ Shapes: N items, C cells, W width, U users.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from lib import storage
 from lib.errors import ModelError
 from lib.recommender.ranker import CANDIDATES
 from lib.recommender.ranks import log_sum
@@ -312,7 +312,7 @@ def make(
         float(recalls.mean()), float(recalls.min()), float(alike.mean()), float(errors.mean()),
     )  # fmt: skip
     save_file({"cells": cells}, folder / FILE)
-    (folder / TOLD).write_text(json.dumps(asdict(measured), indent=1))
+    storage.write_json(str(folder / TOLD), asdict(measured))
     return measured
 
 
@@ -349,21 +349,21 @@ def _recalls(
     return np.array(found), np.array(errors)
 
 
-def told(folder: Path) -> Measured | None:
-    """What was measured of a model directory's index; None where there is none. Raises ModelError for another format."""
-    if not (folder / TOLD).exists():
+def told(directory: str) -> Measured | None:
+    """What was measured of the index of a model directory, which may be a URI; None where there is none. Raises ModelError for
+    another format."""
+    file = storage.join(directory, TOLD)
+    if not storage.exists(file):
         return None
-    values = json.loads((folder / TOLD).read_text())
+    values = storage.read_json(file)
     if values.get("format") != Measured.format:
-        raise ModelError(
-            f"{folder / TOLD} has format {values.get('format')!r}; this version of Whorl reads format 1"
-        )
+        raise ModelError(f"{file} has format {values.get('format')!r}; this version of Whorl reads format 1")
     return Measured(**values)
 
 
 def read(folder: Path, vectors: np.ndarray, bias: np.ndarray) -> Index:
     """The index of a model directory over its items. Raises ModelError when it is of others."""
-    measured, cells = told(folder), load_file(folder / FILE)["cells"]
+    measured, cells = told(str(folder)), load_file(folder / FILE)["cells"]
     if measured is None or len(cells) != len(bias):
         raise ModelError(f"{folder / FILE} is of {len(cells):,} items and not {len(bias):,}; export it again")
     return Index(cells, measured.scale, vectors, bias, measured.reads)

@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(folder: Path) -> Measured:
-    found = index.told(folder)
+    found = index.told(str(folder))
     assert found is not None
     return found
 
@@ -228,7 +228,7 @@ def test_words_and_taste_are_each_standardised(plain: Shelf) -> None:
 def test_the_same_items_have_the_same_index(folder: Path, tmp_path: Path) -> None:
     had = [np.random.default_rng(i).integers(0, N, 50) for i in range(USERS)]
     again = index.make(VECTORS, BIAS, LIKED, had, tmp_path)
-    assert again == index.told(folder)
+    assert again == index.told(str(folder))
     assert (tmp_path / index.FILE).read_bytes() == (folder / index.FILE).read_bytes()
 
 
@@ -244,10 +244,10 @@ def test_items_that_are_all_the_same(tmp_path: Path) -> None:
 
 
 def test_an_index_of_others_is_refused(folder: Path, tmp_path: Path) -> None:
-    assert index.told(tmp_path) is None
+    assert index.told(str(tmp_path)) is None
     with pytest.raises(ModelError, match=r"is of 20,000 items and not 5; export it again"):
         index.read(folder, VECTORS[:5], BIAS[:5])
     values = json.loads((folder / index.TOLD).read_text())
     (tmp_path / index.TOLD).write_text(json.dumps(values | {"format": 2}))
     with pytest.raises(ModelError, match="has format 2"):
-        index.told(tmp_path)
+        index.told(str(tmp_path))

@@ -131,7 +131,7 @@ def test_an_index_that_finds_too_few_is_not_asked(
     found = usable_index(folder, predictor, rules)
     assert found is not None
     assert len(found) == MANY
-    measured = index.told(folder)
+    measured = index.told(str(folder))
     assert measured is not None
     assert rules.least_recall <= measured.least_recall
     (folder / index.TOLD).write_text(json.dumps(dataclasses.asdict(measured) | {"recall": 0.5}))

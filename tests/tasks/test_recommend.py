@@ -261,7 +261,7 @@ def test_a_large_catalogue_gets_an_index_and_the_report_tells_of_it(
         folder.mkdir()
         recommend.save(recommend.build(tiny_base, settings, ref), tiny_base, info, folder)
         report = rankings.measure(subject, str(folder), ref, settings).report
-        told[most] = index.told(folder), report.methods.get("index"), capsys.readouterr().out
+        told[most] = index.told(str(folder)), report.methods.get("index"), capsys.readouterr().out
         assert ("served through an index" in rankings_report.render(report)) == (most < ITEMS)
     measured, said, printed = told[ITEMS - 1]
     assert measured is not None
@@ -275,7 +275,7 @@ def test_a_large_catalogue_gets_an_index_and_the_report_tells_of_it(
     (tmp_path / "nobody").mkdir()
     settings = settings_for(tiny_base, exact_items=0, ranker="none")
     recommend.save(recommend.build(tiny_base, settings, nobody), tiny_base, info, tmp_path / "nobody")
-    assert index.told(tmp_path / "nobody") is None
+    assert index.told(str(tmp_path / "nobody")) is None
     assert "no index: nobody in validation has a history" in capsys.readouterr().out
 
 
