@@ -14,7 +14,7 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, clean, grounding, queries, sources
+from lib.data import blocks, clean, grounding, queries, shapes, sources
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.errors import ConfigError, DataError
@@ -125,7 +125,7 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
     with ThreadPoolExecutor(8) as pool:
         present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
-    columns = {**task.columns(data, _known(present)), **data.slices}
+    columns = {**task.columns(data, [*_known(present), *data.templates]), **data.slices}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -142,9 +142,11 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
+    shapes.check_used(data.templates, columns.values())
     for file, names in zip(files, present, strict=True):
         if not isinstance(names, DataError):
-            sources.check_columns(file, keys, names)
+            for key, column in shapes.wanted(keys, data.templates):
+                sources.check_columns(file, {key: column}, names)
     with ThreadPoolExecutor(8) as pool:
         read = [*files, *(file for reading in tables.values() for file in reading.files)]
         checksums = tuple(pool.map(lambda file: file.checksum or storage.checksum(file.uri), read))
@@ -175,7 +177,16 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     lists = task.LISTS.intersection(columns)
-    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit, bad_rows)
+    shape = shapes.Shape(columns, data.templates, lists)
+    reading = blocks.Reading(
+        tuple(files),
+        columns,
+        lists,
+        data.rows_per_shard,
+        data.limit,
+        bad_rows,
+        (shape,) if data.templates else (),
+    )
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
 

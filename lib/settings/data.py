@@ -181,6 +181,8 @@ class DataSettings(Labelled):
     """Of all files; auto goes by each file's ending. Plain text has a row a line (`text`), a paragraph (`paragraphs`) or a
     file (`documents`)."""
     columns: Columns = Columns()
+    templates: dict[str, str] = {}
+    """Column → what it is made of, before a task sees it: `{text: "{title}\\n{body}"}`. `{{` is a brace."""
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
     heads: dict[Name, HeadSettings] = {}
