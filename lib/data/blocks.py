@@ -47,7 +47,9 @@ class Reading:
     bad_rows: bool = False
     """Whether blocks tell rows and files that cannot be read (`Block.bad`), instead of ending at the first."""
     shapes: tuple[Shape, ...] = ()
-    """Where they are not all the same: of each source (`SourceFile.source`) how its columns become those of a block."""
+    """Of each source (`SourceFile.source`): how its columns become those of a block. None: as they are."""
+    weights: tuple[float, ...] = ()
+    """Of each source: how often training has its rows. None: once."""
 
     def shape(self, file: SourceFile) -> Shape:
         return self.shapes[file.source] if self.shapes else Shape(self.columns, lists=self.lists)
@@ -75,6 +77,12 @@ class Reading:
     def splits(self, positions: np.ndarray) -> np.ndarray:
         """The same of rows, int8 [rows]."""
         found: np.ndarray = self.given[positions >> ROW_BITS]
+        return found
+
+    def weighed(self, positions: np.ndarray) -> np.ndarray:
+        """float64 [rows]: weights of rows' sources."""
+        of_files = [self.weights[file.source] if self.weights else 1.0 for file in self.files]
+        found: np.ndarray = np.array(of_files)[positions >> ROW_BITS]
         return found
 
     def ranks(self, settings: Settings) -> np.ndarray:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -111,6 +111,12 @@ class Written:
     leaking: int = 0
     """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
+    thinned: int = 0
+    """Training rows that the weight of their source leaves out."""
+    repeated: int = 0
+    """Rows that are there once more, by the weight of their source."""
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    """Index of the file → rows of it in each of SPLITS."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
@@ -257,6 +263,11 @@ def write(
         written.moved += block["moved"]
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
+        written.thinned += block["thinned"]
+        written.repeated += block["repeated"]
+        for index, rows in block["kept"].items():
+            before = written.kept.get(int(index), [0] * len(SPLITS))
+            written.kept[int(index)] = [a + b for a, b in zip(before, rows, strict=True)]
         written.redacted.update(block["redacted"])
         join_examples(written.examples, block["examples"], settings.data.clean.samples)
         for split, count in block["splits"].items():
@@ -372,12 +383,15 @@ def write_block(
         places = np.where(moved, placed, places)
     places = places[keep].astype(np.int8)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
-    rows, at = rows.filter(pa.array(~spare)), positions[keep][~spare]
+    rows, at, places = rows.filter(pa.array(~spare)), positions[keep][~spare], places[~spare]
+    copies = _copies(reading.weighed(at), places, ready.high[keep][~spare], data.split.seed)
+    rows, chosen = _repeated(rows, copies)
+    at, places = at[chosen], places[chosen]
     refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
         splits = write_shards(
             rows if knowledge is None else grounding.ground(rows, settings, knowledge, refused),
-            places[~spare],
+            places,
             first_shards[block.fragment] + block.number,
             uri,
             task,
@@ -389,14 +403,9 @@ def write_block(
         return pa.table({"counts": [json.dumps({"refused": [int(at[error.row]), str(error)]})]})
     entries = _set_aside(block, ready, settings, rules)
     if refused:
-        texts = (
-            ready.prepared.texts.filter(pa.array(ready.usable))
-            .filter(pa.array(keep))
-            .filter(pa.array(~spare))
-        )
-        more = [
-            Entry(int(at[n]), UNENCODABLE, why, beginning(texts[n].as_py())) for n, why in refused.items()
-        ]
+        said = texts.filter(pa.array(keep)).filter(pa.array(~spare)).take(pa.array(chosen))
+        once = {int(at[n]): (UNENCODABLE, why, beginning(said[n].as_py())) for n, why in refused.items()}
+        more = [Entry(position, *told) for position, told in once.items()]
         entries += quarantine.without_personal_data(more, rules)
         entries.sort(key=lambda entry: entry.position)
     quarantine.write(entries, reading, block, uri)
@@ -407,6 +416,8 @@ def write_block(
         "moved": int(moved.sum()),
         "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
         "undersampled": int(spare.sum()),
+        "thinned": int((copies == 0).sum()),
+        **_by_file(at, places, refused or ()),
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
@@ -419,6 +430,45 @@ def _set_aside(block: blocks.Block, ready: Ready, settings: Settings, rules: Rul
     if not settings.data.quarantine.share:
         return []
     return quarantine.of_block(block, ready, load_task(settings.task).TEXTS, rules)
+
+
+# So that what a weight leaves out has nothing to do with what undersampling does, which goes by the same hashes.
+_WEIGHT_SEED = 0x5EED
+
+
+def _copies(weights: np.ndarray, places: np.ndarray, hashes: np.ndarray, seed: int) -> np.ndarray:
+    """int64 [rows]: how often a row is in the dataset. In training as its source's weight says, a fraction of one by the row's
+    hash; else once."""
+    whole = np.floor(weights)
+    copies = whole + kept(hashes, weights - whole, seed ^ _WEIGHT_SEED)
+    return np.where(places == SPLITS.index("train"), copies, 1).astype(np.int64)
+
+
+def _repeated(rows: pa.Table, copies: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+    """Each row as often as `copies` says, later ones under a name of their own; and which row each is of."""
+    chosen = np.repeat(np.arange(len(copies)), copies)
+    if len(chosen) == len(copies) and (copies == 1).all():
+        return rows, chosen
+    times = np.arange(len(chosen)) - np.repeat(np.cumsum(copies) - copies, copies)
+    ids = [
+        f"{name}+{time}" if time else name
+        for name, time in zip(rows["id"].take(pa.array(chosen)).to_pylist(), times.tolist(), strict=True)
+    ]
+    return rows.take(pa.array(chosen)).set_column(0, "id", pa.array(ids, pa.string())), chosen
+
+
+def _by_file(positions: np.ndarray, places: np.ndarray, refused: Collection[int]) -> dict[str, Any]:
+    """Of rows that are written, all but the refused: index of the file → rows in each of SPLITS, and how many are there
+    once more."""
+    left = np.ones(len(positions), bool)
+    left[list(refused)] = False
+    positions, places = positions[left], places[left]
+    files = positions >> blocks.ROW_BITS
+    kept = {
+        int(index): np.bincount(places[files == index], minlength=len(SPLITS)).tolist()
+        for index in np.unique(files)
+    }
+    return {"kept": kept, "repeated": len(positions) - len(np.unique(positions))}
 
 
 def _undersampled(

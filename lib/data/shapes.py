@@ -6,12 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib.errors import ConfigError, nearest
 from lib.labels import MISSING, Mapping
+from lib.settings import DataSettings, SourceSettings
 
 _PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
 
@@ -52,6 +54,35 @@ class Shape:
         for name, words in self.labels.items():
             columns[name] = _said(columns[name], words)
         return pa.table(columns)
+
+
+def of_source(
+    entry: SourceSettings, columns: dict[str, str], lists: frozenset[str], data: DataSettings
+) -> Shape:
+    """The shape of one source, where all have `columns` but for what is its own.
+
+    Raises ConfigError where it has labels of its own and rows have no single one.
+    """
+    heads = {name: f"heads.{name}.column" for name in data.heads}
+    own = {heads.get(name, name): column for name, column in entry.columns.items()}
+    columns = {name: own.get(name, column) for name, column in columns.items()}
+    if entry.labels is None:
+        return Shape(columns, data.templates, lists)
+    if "label" not in columns:
+        raise ConfigError(
+            f"the labels of {entry.uri}: only rows of one label can have others in a source; leave them out"
+        )
+    words: dict[str, str] = {}
+    for value, label in data.label_map.items():
+        words.setdefault(label, value)
+    said = {value: words[label] for value, label in entry.labels.items()}
+    return Shape(columns, data.templates, lists, {"label": said})
+
+
+def identity(entry: SourceSettings) -> list[Any]:
+    """What a source has of its own that makes other rows; nothing, where it has nothing."""
+    own = entry.model_dump(include={"weight", "columns", "labels"}, exclude_defaults=True)
+    return [own] if own else []
 
 
 def pieces(template: str) -> list[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from lib.settings.cleaning import (
     QuarantineSettings,
     RepetitionSettings,
 )
-from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.data import DataSettings, HeadSettings, Labelled, Part, SourceSettings
 from lib.settings.evaluation import (
     REFUSALS,
     AnswerSettings,
@@ -99,6 +99,7 @@ __all__ = [
     "SearchSettings",
     "ServingSettings",
     "Settings",
+    "SourceSettings",
     "TableSettings",
     "TrainingSettings",
     "TuningSettings",
