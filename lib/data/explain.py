@@ -41,6 +41,8 @@ def _told(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, table in plan.tables.items():
         yield from _read(f"data.{name}", table)
     yield "columns", ", ".join(f"{here} ← {column!r}" for here, column in plan.reading.columns.items())
+    for name, template in data.templates.items():
+        yield "", f"{name!r} is made of {template!r}"
     steps = _recommend(plan, data) if plan.tables else _rows(plan, settings)
     for number, (name, said) in enumerate(steps, 1):
         yield f"{number} {name}", said

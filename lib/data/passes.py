@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding, quarantine
+from lib.data import blocks, clean, dedup, grounding, quarantine, weights
 from lib.data.blocks import Reading
 from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
@@ -384,8 +384,8 @@ def write_block(
     places = places[keep].astype(np.int8)
     spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
     rows, at, places = rows.filter(pa.array(~spare)), positions[keep][~spare], places[~spare]
-    copies = _copies(reading.weighed(at), places, ready.high[keep][~spare], data.split.seed)
-    rows, chosen = _repeated(rows, copies)
+    copies = weights.copies(reading.weighed(at), places, ready.high[keep][~spare], data.split.seed)
+    rows, chosen = weights.repeated(rows, copies)
     at, places = at[chosen], places[chosen]
     refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
@@ -417,7 +417,7 @@ def write_block(
         "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
         "undersampled": int(spare.sum()),
         "thinned": int((copies == 0).sum()),
-        **_by_file(at, places, refused or ()),
+        **weights.by_file(at, places, refused or ()),
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
@@ -430,45 +430,6 @@ def _set_aside(block: blocks.Block, ready: Ready, settings: Settings, rules: Rul
     if not settings.data.quarantine.share:
         return []
     return quarantine.of_block(block, ready, load_task(settings.task).TEXTS, rules)
-
-
-# So that what a weight leaves out has nothing to do with what undersampling does, which goes by the same hashes.
-_WEIGHT_SEED = 0x5EED
-
-
-def _copies(weights: np.ndarray, places: np.ndarray, hashes: np.ndarray, seed: int) -> np.ndarray:
-    """int64 [rows]: how often a row is in the dataset. In training as its source's weight says, a fraction of one by the row's
-    hash; else once."""
-    whole = np.floor(weights)
-    copies = whole + kept(hashes, weights - whole, seed ^ _WEIGHT_SEED)
-    return np.where(places == SPLITS.index("train"), copies, 1).astype(np.int64)
-
-
-def _repeated(rows: pa.Table, copies: np.ndarray) -> tuple[pa.Table, np.ndarray]:
-    """Each row as often as `copies` says, later ones under a name of their own; and which row each is of."""
-    chosen = np.repeat(np.arange(len(copies)), copies)
-    if len(chosen) == len(copies) and (copies == 1).all():
-        return rows, chosen
-    times = np.arange(len(chosen)) - np.repeat(np.cumsum(copies) - copies, copies)
-    ids = [
-        f"{name}+{time}" if time else name
-        for name, time in zip(rows["id"].take(pa.array(chosen)).to_pylist(), times.tolist(), strict=True)
-    ]
-    return rows.take(pa.array(chosen)).set_column(0, "id", pa.array(ids, pa.string())), chosen
-
-
-def _by_file(positions: np.ndarray, places: np.ndarray, refused: Collection[int]) -> dict[str, Any]:
-    """Of rows that are written, all but the refused: index of the file → rows in each of SPLITS, and how many are there
-    once more."""
-    left = np.ones(len(positions), bool)
-    left[list(refused)] = False
-    positions, places = positions[left], places[left]
-    files = positions >> blocks.ROW_BITS
-    kept = {
-        int(index): np.bincount(places[files == index], minlength=len(SPLITS)).tolist()
-        for index in np.unique(files)
-    }
-    return {"kept": kept, "repeated": len(positions) - len(np.unique(positions))}
 
 
 def _undersampled(

@@ -272,13 +272,13 @@ def test_labels_of_a_source_need_rows_of_one_label(tiny_base: Path, tmp_path: Pa
 def test_copies_are_drawn_apart_from_undersampling() -> None:
     import numpy as np
 
-    from lib.data.passes import _copies
+    from lib.data import weights
     from lib.data.split import kept
 
     hashes = np.random.default_rng(0).integers(-(2**63), 2**63, 20_000)
     train = np.zeros(len(hashes), np.int8)
-    copies = _copies(np.full(len(hashes), 0.5), train, hashes, seed=3)
+    copies = weights.copies(np.full(len(hashes), 0.5), train, hashes, seed=3)
     under = kept(hashes, np.full(len(hashes), 0.5), 3)
     assert copies.mean() == pytest.approx(0.5, abs=0.02)
     assert (copies[under] == 1).mean() == pytest.approx(0.5, abs=0.02)
-    assert (_copies(np.full(len(hashes), 3.0), train + 1, hashes, 3) == 1).all()
+    assert (weights.copies(np.full(len(hashes), 3.0), train + 1, hashes, 3) == 1).all()
