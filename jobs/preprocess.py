@@ -71,7 +71,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
-    for line in _wrong_labels(manifest, storage.display(planned.ref.uri)):
+    for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
         print(line)
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
@@ -107,6 +107,23 @@ def _wrong_labels(manifest: dict[str, Any], folder: str) -> list[str]:
             f"  for people: {folder}/{noise.FOLDER}, tasks and labelling configuration of Label Studio"
         )
     return lines
+
+
+def _by_source(manifest: dict[str, Any]) -> list[str]:
+    """Where the rows of the splits come from, where there are several sources."""
+    files: dict[int, list[dict[str, Any]]] = {}
+    for file in manifest.get("sources", []):
+        if "kept" in file:  # a recommender's are no rows any more
+            files.setdefault(file["source"], []).append(file)
+    lines = []
+    for several in files.values() if len(files) > 1 else ():
+        name = several[0]["uri"] + (f" and {len(several) - 1} more files" if len(several) > 1 else "")
+        rows = {split: sum(file["kept"][split] for file in several) for split in SPLITS}
+        weight = f", weight {several[0]['weight']:g}" if "weight" in several[0] else ""
+        lines.append(
+            f"  {', '.join(f'{n:,} {split}' for split, n in rows.items() if n) or 'none'} of {name}{weight}"
+        )
+    return ["by source", *lines] if lines else []
 
 
 def _cleaned(manifest: dict[str, Any]) -> list[str]:

@@ -20,6 +20,7 @@ from lib.data.quarantine import DAMAGED, Entry
 from lib.data.readers import read_rows
 from lib.data.rows import ROW_BITS as ROW_BITS
 from lib.data.rows import Rows
+from lib.data.shapes import Shape
 from lib.data.sources import SourceFile
 from lib.errors import DataError, WhorlError
 from lib.settings import Settings
@@ -45,6 +46,13 @@ class Reading:
     limit: int | None
     bad_rows: bool = False
     """Whether blocks tell rows and files that cannot be read (`Block.bad`), instead of ending at the first."""
+    shapes: tuple[Shape, ...] = ()
+    """Of each source (`SourceFile.source`): how its columns become those of a block. None: as they are."""
+    weights: tuple[float, ...] = ()
+    """Of each source: how often training has its rows. None: once."""
+
+    def shape(self, file: SourceFile) -> Shape:
+        return self.shapes[file.source] if self.shapes else Shape(self.columns, lists=self.lists)
 
     def fragments(self) -> list[tuple[int, int]]:
         """First and last + 1 of the files that one task reads one after the other."""
@@ -69,6 +77,12 @@ class Reading:
     def splits(self, positions: np.ndarray) -> np.ndarray:
         """The same of rows, int8 [rows]."""
         found: np.ndarray = self.given[positions >> ROW_BITS]
+        return found
+
+    def weighed(self, positions: np.ndarray) -> np.ndarray:
+        """float64 [rows]: weights of rows' sources."""
+        of_files = [self.weights[file.source] if self.weights else 1.0 for file in self.files]
+        found: np.ndarray = np.array(of_files)[positions >> ROW_BITS]
         return found
 
     def ranks(self, settings: Settings) -> np.ndarray:
@@ -146,11 +160,10 @@ def _tables(reading: Reading, files: tuple[int, int]) -> Iterator[_Part]:
 
 
 def _of_file(reading: Reading, index: int) -> Iterator[_Part]:
-    columns = list(reading.columns.values())
-    lists = frozenset(reading.columns[name] for name in reading.lists)
-    first = index << ROW_BITS
-    for rows in read_rows(reading.files[index], columns, reading.block_rows, lists, reading.bad_rows):
-        table = rows.table.rename_columns(list(reading.columns))
+    file, first = reading.files[index], index << ROW_BITS
+    shape = reading.shape(file)
+    for rows in read_rows(file, shape.read, reading.block_rows, shape.read_lists, reading.bad_rows):
+        table = shape.apply(rows.table)
         yield table.append_column(POSITION, pa.array(rows.numbers + first)), _entries(rows, first)
 
 

@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 from lib import heads, storage, tracking
+from lib.artifacts import SPLITS
 from lib.data import noise, quarantine, recommend, report
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
@@ -240,7 +241,9 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None)
             **{reason: rows for reason, rows in written.dropped.items() if reason != "leaking"},
             "leaking": written.leaking if settings.data.leakage == "check" else 0,
             "undersampled": written.undersampled,
+            **({"thinned": written.thinned} if written.thinned else {}),
         },
+        **({"repeated": written.repeated} if written.repeated else {}),
         **({"quarantine": quarantine.manifest(left_out, plan.reading, share)} if share else {}),
         **({"redacted": dict(sorted(written.redacted.items()))} if plan.rules else {}),
         "cleaned": {
@@ -262,12 +265,28 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None)
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "split": _split(plan.settings.data.split, cuts),
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
-        "sources": [
-            {"uri": file.name, "rows": scanned.files.get(i, 0), "checksum": checksum}
-            | ({"query": settings.data.query} if file.columns is not None else {})
-            for i, (file, checksum) in enumerate(zip(plan.reading.files, plan.checksums, strict=True))
-        ],
+        "sources": _sources(plan, scanned, written),
         "settings": settings.data.model_dump(mode="json", exclude=SOURCES),
         "versions": tracking.versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _sources(plan: Plan, scanned: Scanned, written: Written) -> list[dict[str, Any]]:
+    """Of each file: rows that were read, and how many of them are in each split, by its weight."""
+    reading, found = plan.reading, []
+    given = [entry for entries in plan.settings.data.sources.values() for entry in entries]
+    for index, (file, checksum) in enumerate(zip(reading.files, plan.checksums, strict=True)):
+        kept = written.kept.get(index, [0] * len(SPLITS))
+        told = {
+            "uri": file.name,
+            "rows": scanned.files.get(index, 0),
+            "checksum": checksum,
+            "source": file.source,
+            "kept": dict(zip(SPLITS, kept, strict=True)),
+        }
+        if file.columns is not None:
+            told["query"] = given[file.source].query
+        own = given[file.source].model_dump(include={"weight", "columns", "labels"}, exclude_defaults=True)
+        found.append(told | own)
+    return found

@@ -41,6 +41,8 @@ def _told(plan: Plan) -> Iterator[tuple[str, str]]:
     for name, table in plan.tables.items():
         yield from _read(f"data.{name}", table)
     yield "columns", ", ".join(f"{here} ← {column!r}" for here, column in plan.reading.columns.items())
+    for name, template in data.templates.items():
+        yield "", f"{name!r} is made of {template!r}"
     steps = _recommend(plan, data) if plan.tables else _rows(plan, settings)
     for number, (name, said) in enumerate(steps, 1):
         yield f"{number} {name}", said
@@ -51,6 +53,8 @@ def _read(name: str, reading: Reading) -> Iterator[tuple[str, str]]:
     for place, file in enumerate(reading.files[:SHOWN_FILES]):
         kind = "what a query gives" if file.columns is not None else file.format
         whole = f"{file.name}, {kind}{f' in {COMPRESSION_NAMES[file.compression]}' if file.compression else ''}, {_size(file.size)}"
+        weight = reading.weights[file.source] if reading.weights else 1
+        whole += f", in training {weight:g} times" if weight != 1 else ""
         yield name if not place else "", whole + (f", all of it {file.split}" if file.split else "")
     if rest := reading.files[SHOWN_FILES:]:
         yield "", f"and {len(rest):,} more files, {_size(sum(file.size for file in rest))}"

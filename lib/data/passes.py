@@ -21,7 +21,7 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding, noise, quarantine
+from lib.data import blocks, clean, dedup, grounding, noise, quarantine, weights
 from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
 from lib.data.dedup import Reason
@@ -113,6 +113,12 @@ class Written:
     """Method → new rows; `unchanged` and `known`: why some were not made."""
     sampled: list[Any] = field(default_factory=list)
     """Training rows among which wrong labels are looked for (`noise.sample`)."""
+    thinned: int = 0
+    """Training rows that the weight of their source leaves out."""
+    repeated: int = 0
+    """Rows that are there once more, by the weight of their source."""
+    kept: dict[int, list[int]] = field(default_factory=dict)
+    """Index of the file → rows of it in each of SPLITS."""
     redacted: Counter[str] = field(default_factory=Counter)
     """Kind → values, each once a row, and `rows` that have any."""
     refused: tuple[int, str] | None = None
@@ -252,6 +258,11 @@ def write(
         written.undersampled += block["undersampled"]
         written.augmented.update(block["augmented"])
         written.sampled = noise.kept([*written.sampled, *block["sampled"]], settings.data)
+        written.thinned += block["thinned"]
+        written.repeated += block["repeated"]
+        for index, rows in block["kept"].items():
+            before = written.kept.get(int(index), [0] * len(SPLITS))
+            written.kept[int(index)] = [a + b for a, b in zip(before, rows, strict=True)]
         written.redacted.update(block["redacted"])
         join_examples(written.examples, block["examples"], settings.data.clean.samples)
         for split, count in block["splits"].items():
@@ -365,11 +376,21 @@ def write_block(
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
     rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(at.stays))
     split, sources = at.split[at.stays], np.flatnonzero(at.stays)
-    sampled = noise.sample(rows, split, ready.high[at.stays], positions[at.stays], data, usable)
+    copies = weights.copies(reading.weighed(positions[sources]), split, ready.high[sources], data.split.seed)
+    wanted = copies > 0
+    rows, split, sources, copies = (
+        rows.filter(pa.array(wanted)),
+        split[wanted],
+        sources[wanted],
+        copies[wanted],
+    )
+    sampled = noise.sample(rows, split, ready.high[sources], positions[sources], data, usable)
     made: Counter[str] = Counter()
     if making is not None:
-        rows, split, of, made = making.added(rows, split, labels[at.stays], written_for(row), block)
-        sources = sources[of]
+        rows, split, of, made = making.added(rows, split, labels[sources], written_for(row), block)
+        sources, copies = sources[of], copies[of]
+    rows, chosen = weights.repeated(rows, copies)
+    split, sources, again = split[chosen], sources[chosen], np.append(False, chosen[1:] == chosen[:-1])
     refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
         splits = write_shards(
@@ -406,6 +427,9 @@ def write_block(
         "undersampled": int(at.spare.sum()),
         "augmented": made,
         "sampled": sampled,
+        "thinned": int((~wanted).sum()),
+        "repeated": int(again.sum()) - sum(bool(again[n]) for n in refused or ()),
+        "kept": weights.by_file(positions[sources], split, refused or ()),
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},

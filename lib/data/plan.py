@@ -14,13 +14,13 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import augment, blocks, clean, grounding, queries, sources, split
+from lib.data import augment, blocks, clean, grounding, queries, shapes, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.errors import ConfigError, DataError
 from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
-from lib.settings import Settings, TableSettings
+from lib.settings import DataSettings, Settings, SourceSettings, TableSettings
 from lib.tasks import load_task
 
 # Part of every fingerprint. Raise it when the same input would give other rows or other files.
@@ -106,23 +106,25 @@ def plan(settings: Settings, fresh: bool = True) -> Plan:
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     split.check(data, task, settings.task)
     augment.check(data, task, settings.task)
-    files = [
-        file
-        for given, uris in data.sources.items()
-        for file in sources.find_files(
-            uris,
-            data.format,
-            given,
-            f"data.{given}_source" if given else "data.source",
-            None if given else data.query,
-            fresh,
-        )
-    ]
+    files: list[sources.SourceFile] = []
     try:
+        for number, (given, entry) in enumerate(_entries(data)):
+            files += _files(number, given, entry, fresh)
         return _named(settings, files)
     except BaseException:
         _forget(files)
         raise
+
+
+def _entries(data: DataSettings) -> list[tuple[str | None, SourceSettings]]:
+    """All sources, each with the split that it is given for."""
+    return [(given, entry) for given, entries in data.sources.items() for entry in entries]
+
+
+def _files(number: int, given: str | None, entry: SourceSettings, fresh: bool) -> list[sources.SourceFile]:
+    key = f"data.{given}_source" if given else "data.source"
+    found = sources.find_files([entry.uri], entry.format or "auto", given, key, entry.query, fresh)
+    return [replace(file, source=number) for file in found]
 
 
 def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
@@ -136,9 +138,13 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     bad_rows = data.quarantine.share > 0
     if bad_rows and settings.task == "recommend":
         raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
+    if settings.task == "recommend" and any(entry.weight != 1 for _, entry in _entries(data)):
+        raise ConfigError("data.source: a weight repeats rows, and recommend counts them; leave it out")
     with ThreadPoolExecutor(8) as pool:
         present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
-    columns = {**task.columns(data, _known(present)), **data.slices, **split.columns(data)}
+    entries = _entries(data)
+    known = [*_known(files, present, entries, data), *data.templates]
+    columns = {**task.columns(data, known), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -155,9 +161,15 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
+    lists = task.LISTS.intersection(columns)
+    known_as = dict(zip(columns, keys, strict=True))
+    shaped = tuple(shapes.of_source(entry, columns, lists, data) for _, entry in entries)
+    shapes.check_used(data.templates, [column for shape in shaped for column in shape.columns.values()])
     for file, names in zip(files, present, strict=True):
         if not isinstance(names, DataError):
-            sources.check_columns(file, keys, names)
+            of_file = {known_as[name]: column for name, column in shaped[file.source].columns.items()}
+            for key, column in shapes.wanted(of_file, data.templates):
+                sources.check_columns(file, {key: column}, names)
     with ThreadPoolExecutor(8) as pool:
         read = [*files, *(file for reading in tables.values() for file in reading.files)]
         checksums = tuple(pool.map(lambda file: file.checksum or storage.checksum(file.uri), read))
@@ -169,6 +181,7 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     rules = Rules.of(data.redact) if data.redact else None
     # What the loss does with a head changes no row.
     heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
+    own = [shapes.identity(entry) for _, entry in entries]
     identity = {
         "format": FORMAT,
         "task": settings.task,
@@ -176,7 +189,8 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         "max_length": settings.model.max_length,
         "case_markers": settings.model.case_markers,
         "sources": [
-            [file.format, checksum, file.split] for file, checksum in zip(read, checksums, strict=True)
+            [file.format, checksum, file.split, *(own[file.source] if place < len(files) else ())]
+            for place, (file, checksum) in enumerate(zip(read, checksums, strict=True))
         ],
         "chat_template": template and template_text(template),
         "data": data.model_dump(
@@ -192,8 +206,16 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
-    lists = task.LISTS.intersection(columns)
-    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit, bad_rows)
+    reading = blocks.Reading(
+        tuple(files),
+        columns,
+        lists,
+        data.rows_per_shard,
+        data.limit,
+        bad_rows,
+        shaped,
+        tuple(entry.weight for _, entry in entries),
+    )
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
 
@@ -216,11 +238,17 @@ def _present(file: sources.SourceFile, bad_rows: bool) -> list[str] | DataError:
         return error
 
 
-def _known(present: list[list[str] | DataError]) -> list[str]:
-    """The columns of the first file that has any."""
-    for names in present:
+def _known(
+    files: list[sources.SourceFile],
+    present: list[list[str] | DataError],
+    entries: list[tuple[str | None, SourceSettings]],
+    data: DataSettings,
+) -> list[str]:
+    """The columns of the first file that has any, by the names that `data.columns` has for them."""
+    for file, names in zip(files, present, strict=True):
         if not isinstance(names, DataError):
-            return names
+            own = entries[file.source][1].columns
+            return names + [getattr(data.columns, name, name) for name in own if own[name] in names]
     raise present[0]  # type: ignore[misc]
 
 

@@ -96,7 +96,13 @@ class Quarantined:
         self.first = sorted([*self.first, *more.first], key=lambda entry: entry.position)[:TOLD]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "damaged": sorted(self.damaged)}
+        first = [asdict(entry) for entry in self.first]
+        return {
+            "reasons": dict(self.reasons),
+            "unread": self.unread,
+            "damaged": sorted(self.damaged),
+            "first": first,
+        }
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Quarantined:

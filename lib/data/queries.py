@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from sqlalchemy import URL, Engine
 
 DATABASES = ("sqlite", *tracking.POSTGRESQL)
+# Of the configuration, what may name one.
+KEYS = ("data.source", "data.validation_source", "data.test_source")
 SNAPSHOTS = "snapshots"
 # Rows that are held at a time, unless their texts are long.
 BATCH_ROWS, BATCH_BYTES = 2000, 16 << 20
@@ -65,8 +67,12 @@ def is_database(source: str) -> bool:
 
 def check(key: str, query: str | None) -> str:
     """A query as it is sent. Raises ConfigError for none, and for what is not one SELECT."""
+    if key not in KEYS:
+        raise ConfigError(
+            f"{key} is a database, and only {', '.join(KEYS)} take one; export what is needed to a file"
+        )
     if query is None or not query.strip():
-        raise ConfigError(f"{key} is a database; say what is read of it: query: SELECT …")
+        raise ConfigError(f"{key} is a database; say what is read of it: {{uri: …, query: SELECT …}}")
     statement = query.strip().rstrip(";").strip()
     words = _QUOTED.sub(" ", statement).split(None, 1)
     if not words or words[0].lower().lstrip("(") not in ("select", "with"):

@@ -90,6 +90,8 @@ class SourceFile:
     columns: tuple[str, ...] | None = None
     """Of what a query gave: known already, as is `checksum`."""
     checksum: str | None = None
+    source: int = 0
+    """Number of its source among all of the configuration."""
 
 
 def find_files(

@@ -16,7 +16,7 @@ from lib.settings.cleaning import (
     RepetitionSettings,
     SemanticSettings,
 )
-from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.data import DataSettings, HeadSettings, Labelled, Part, SourceSettings
 from lib.settings.embedding import EmbedderSettings
 from lib.settings.endpoint import EndpointSettings
 from lib.settings.evaluation import (
@@ -114,6 +114,7 @@ __all__ = [
     "SemanticSettings",
     "ServingSettings",
     "Settings",
+    "SourceSettings",
     "TableSettings",
     "TrainingSettings",
     "TuningSettings",

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
@@ -152,22 +154,66 @@ class HeadSettings(Labelled):
     """None: `training.class_weights`."""
 
 
+class SourceSettings(Section):
+    """One of several sources, with what is its own."""
+
+    uri: str
+    """As `data.source`."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """How often a pass over the training split has each of its rows: 0.3 takes 30% of them, 2 each twice, 1.5 half of
+    them twice. The other splits have each once."""
+    columns: dict[str, str] = {}
+    """Those of `data.columns`, heads and slices that are called otherwise here."""
+    labels: dict[str, str] | None = None
+    """Value in this source → one of the labels of all; None: as `data.labels` has it."""
+    format: Format | None = None
+    """None: `data.format`."""
+    query: str | None = None
+    """Where it is a database; None: `data.query`."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        return _label_values(value) if isinstance(value, dict) else value
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "list[source]"
+    return "dict[source]" if isinstance(value, (dict, SourceSettings)) else "str"
+
+
+# The member that is meant is told by its kind, so that a mistake in it is told alone.
+_OneSource = Annotated[
+    Annotated[str, Tag("str")] | Annotated[SourceSettings, Tag("dict[source]")],
+    Discriminator(_kind_of_source),
+]
+Sources = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[SourceSettings, Tag("dict[source]")]
+    | Annotated[list[_OneSource], Field(min_length=1), Tag("list[source]")],
+    Discriminator(_kind_of_source),
+]
+
+
 class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
-    source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    source: Sources | None = None
     """URI, glob, folder or zip archive of CSV, JSON, Parquet, Arrow, CoNLL columns or plain text, or `sample://NAME`; several
-    are read in order."""
+    are read in order, each a URI or a mapping of `uri`, `weight`, `columns`, `labels`, `format` and `query`."""
     query: str | None = None
     """Where `source` is a database, `sqlite:///shop.db` or `postgresql://user@host/name`: the SELECT whose rows are read."""
-    validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    validation_source: Sources | None = None
     """Where the validation split is given; None takes a share of `source`."""
-    test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    test_source: Sources | None = None
     """Where the test split is given; None takes a share of `source`."""
     format: Format = "auto"
     """Of all files; auto goes by each file's ending. Plain text has a row a line (`text`), a paragraph (`paragraphs`) or a
     file (`documents`)."""
     columns: Columns = Columns()
+    templates: dict[str, str] = {}
+    """Column → what it is made of, before a task sees it: `{text: "{title}\\n{body}"}`. `{{` is a brace."""
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
     heads: dict[Name, HeadSettings] = {}
@@ -214,8 +260,9 @@ class DataSettings(Labelled):
     @field_validator("source", "validation_source", "test_source")
     @classmethod
     def _no_password(cls, value: Any) -> Any:
-        for source in [value] if isinstance(value, str) else value or ():
-            if _PASSWORD.match(source):
+        for source in value if isinstance(value, list) else [value]:
+            uri = source.uri if isinstance(source, SourceSettings) else source or ""
+            if _PASSWORD.match(uri):
                 raise ValueError(
                     "a database's password does not belong into a configuration, which every run keeps; put it into the "
                     "environment and write ${NAME} in its place"
@@ -284,15 +331,39 @@ class DataSettings(Labelled):
                 raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
         return self
 
+    @model_validator(mode="after")
+    def _own(self) -> DataSettings:
+        known = [*Columns.model_fields, *self.heads, *self.slices]
+        for split, entries in self.sources.items():
+            for place, entry in enumerate(entries):
+                where = f"{split}_source.{place}" if split else f"source.{place}"
+                for name in entry.columns:
+                    if name not in known:
+                        raise ValueError(f"{where}.columns: no column {name!r}{nearest(name, known)}")
+                for label in (entry.labels or {}).values():
+                    if label not in self.label_names:
+                        raise ValueError(
+                            f"{where}.labels: no label {label!r}{nearest(label, self.label_names)}"
+                        )
+                if split and entry.weight != 1:
+                    raise ValueError(f"{where}.weight: it counts in training alone; leave it out")
+        return self
+
     @property
-    def sources(self) -> dict[str | None, list[str]]:
+    def sources(self) -> dict[str | None, list[SourceSettings]]:
         """Split that is given → its sources; under None, the source that is divided among the other splits."""
         given = {None: self.source, "validation": self.validation_source, "test": self.test_source}
         return {
-            split: [source] if isinstance(source, str) else list(source)
+            split: [self._entry(one, split) for one in (source if isinstance(source, list) else [source])]
             for split, source in given.items()
             if source is not None
         }
+
+    def _entry(self, source: str | SourceSettings, split: str | None) -> SourceSettings:
+        """With what holds for all where it says nothing."""
+        entry = SourceSettings(uri=source) if isinstance(source, str) else source
+        query = entry.query if split else entry.query or self.query
+        return entry.model_copy(update={"format": entry.format or self.format, "query": query})
 
     @property
     def shares(self) -> dict[str, float]:

@@ -437,7 +437,7 @@ def test_limit_and_seed_and_shares(tiny_base: Path, source: Path) -> None:
     manifest = build(planned)
     assert manifest["rows_read"] == 120
     assert manifest["splits"]["test"] == {
-        "rows": 0, "tokens": 0, "truncated": 0, "labels": {"bad": 0, "good": 0}, "shards": []
+        "rows": 0, "tokens": 0, "truncated": 0, "labels": {"bad": 0, "good": 0}, "shards": [], "lengths": {}
     }  # fmt: skip
     assert 40 < manifest["splits"]["train"]["rows"] < 75
     assert planned.ref.shards("test") == []

@@ -115,7 +115,7 @@ def test_pipelines_side_by_side_keep_their_own_rows(shop: str, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("query", "said"),
     [
-        (None, "data.source is a database; say what is read of it: query: SELECT …"),
+        (None, "data.source is a database; say what is read of it: {uri: …, query: SELECT …}"),
         ("  ;", "the query must be one SELECT, and begins with ''"),
         ("delete from reviews", "the query must be one SELECT, and begins with 'delete'"),
         (
@@ -236,6 +236,8 @@ def test_rows_that_nobody_will_read_do_not_stay(shop: str, tiny_base: Path, stor
     assert not list(storage.rglob("*.parquet"))
     with pytest.raises(ConfigError, match=r"data\.test_source is a database; say what is read of it"):
         plan(settings(tiny_base, shop, query=QUERY, test_source=shop))
+    with pytest.raises(ConfigError, match=r"score\.source is a database, and only data\.source, "):
+        find_files([shop], key="score.source")
 
 
 @pytest.mark.ray

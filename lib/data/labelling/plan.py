@@ -23,7 +23,7 @@ from lib.errors import ConfigError
 from lib.heads import Head
 from lib.labels import Mapping
 from lib.retrieval.embedding import base_checksum
-from lib.settings import LabelSettings, Settings
+from lib.settings import LabelSettings, Settings, SourceSettings
 from lib.tasks import load_task
 from lib.text import normalise
 
@@ -95,6 +95,14 @@ def row_ids(texts: Sequence[str], redaction: Rules | None) -> list[str]:
     return found
 
 
+def _files(entry: SourceSettings) -> list[sources.SourceFile]:
+    if entry.columns or entry.labels:
+        raise ConfigError(
+            f"data.source {entry.uri}: jobs.label reads all sources by data.columns and data.labels; leave its own out"
+        )
+    return sources.find_files([entry.uri], entry.format or "auto", query=entry.query)
+
+
 def plan(settings: Settings) -> Planned:
     """Look at the source and name what will be made, without reading rows or starting Ray.
 
@@ -105,8 +113,7 @@ def plan(settings: Settings) -> Planned:
         raise ConfigError(f"jobs.label labels texts for the task sentiment, not for {settings.task}")
     load_task(settings.task).columns(data)
     rules.check(label.rules)
-    uris = data.sources.get(None, [])
-    files = sources.find_files(uris, data.format)
+    files = [file for entry in data.sources.get(None, []) for file in _files(entry)]
     present = column_names(files[0])
     named = heads.settings_of(data)
     of_data = heads.of_data(data)
