@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import IO, Any
 
 import ijson
 
-from lib.data.rows import BadRow, beginning, decoded, lines
+from lib.data.rows import BadRow, beginning, lines, not_utf8
 from lib.data.sources import SourceFile
 from lib.errors import DataError
 
 # Objects may leave keys out: a column counts as present when one of the first rows has it.
 HEAD_ROWS = 100
+# How a value is said as text.
+_TEXTS: dict[type, Callable[[Any], str | None]] = {
+    bool: lambda value: str(value).lower(),
+    int: str,
+    float: lambda value: None if value != value else str(value),
+}
+_NESTED = (list, dict)
 
 
 def column_names(file: SourceFile, stream: IO[bytes], bad_rows: bool) -> list[str]:
@@ -41,16 +48,17 @@ def read(
         if isinstance(value, BadRow):
             yield value
             continue
-        texts: list[str | None] = []
-        for name in columns:
-            found = value.get(name)
-            if _is_text(found, name in lists):
-                texts.append(_text(found))
+        texts = [value.get(name) for name in columns]
+        for place, found in enumerate(texts):
+            kind = type(found)
+            if found is None or kind is str:
                 continue
-            why = f"{name!r} holds {_kind(found)}; text or a number is needed"
-            text = beginning(json.dumps(value, ensure_ascii=False))
-            yield BadRow(number, "wrong_value", f"row {number + 1}:", why, text)
-            break
+            if kind not in _TEXTS and not (kind in _NESTED and columns[place] in lists):
+                why = f"{columns[place]!r} holds {_kind(found)}; text or a number is needed"
+                text = beginning(json.dumps(value, ensure_ascii=False))
+                yield BadRow(number, "wrong_value", f"row {number + 1}:", why, text)
+                break
+            texts[place] = _TEXTS[kind](found) if kind in _TEXTS else json.dumps(found, ensure_ascii=False)
         else:
             yield texts
 
@@ -112,13 +120,14 @@ def _of_lines(file: SourceFile, stream: Any) -> Iterator[dict[str, Any] | BadRow
     """Blank lines are no rows."""
     row = 0
     for number, line in lines(file, stream):
-        text = decoded(row, f"line {number}", line)
-        if isinstance(text, str):
-            if not text.strip():
-                continue
-            yield _object(row, number, text.strip())
+        try:
+            text = line.decode().strip()
+        except UnicodeDecodeError:
+            yield not_utf8(row, f"line {number}", line)
         else:
-            yield text
+            if not text:
+                continue
+            yield _object(row, number, text)
         row += 1
 
 
@@ -135,22 +144,6 @@ def _object(row: int, line: int, text: str) -> dict[str, Any] | BadRow:
         why, mend = f"holds {_kind(value)}", "JSON Lines has one object a line"
         return BadRow(row, "not_json", f"line {line}", why, beginning(text), mend)
     return value
-
-
-def _is_text(value: Any, nested: bool) -> bool:
-    return (
-        value is None or isinstance(value, str | int | float) or (nested and isinstance(value, list | dict))
-    )
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return None if value != value else str(value)
-    return json.dumps(value, ensure_ascii=False)
 
 
 def _kind(value: Any) -> str:

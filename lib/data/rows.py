@@ -104,11 +104,11 @@ def gathered(
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str | None]]) -> pa.Table:
-    by_column = zip(*rows, strict=True) if rows else ((),) * len(columns)
+    by_column = ([row[place] for row in rows] for place in range(len(columns)))
     return pa.table([_strings(values) for values in by_column], names=list(columns))
 
 
-def _strings(values: Sequence[str | None]) -> pa.Array:
+def _strings(values: list[str | None]) -> pa.Array:
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:  # JSON may spell halves of a character, which alone are none
@@ -118,8 +118,8 @@ def _strings(values: Sequence[str | None]) -> pa.Array:
 
 def lines(file: SourceFile, stream: IO[bytes]) -> Iterator[tuple[int, bytes]]:
     """Lines of a text file and their numbers from 1, without a byte order mark. Raises DataError for one that does not end."""
-    number = 0
-    while line := stream.readline(ROW_BYTES + 1):
+    number, readline = 0, stream.readline
+    while line := readline(ROW_BYTES + 1):
         number += 1
         if len(line) > ROW_BYTES:
             raise DataError(
@@ -132,9 +132,19 @@ def decoded(number: int, place: str, value: bytes) -> str | BadRow:
     """UTF-8 as text, or which byte is none; `number` is the row's in its file."""
     try:
         return value.decode("utf-8")
+    except UnicodeDecodeError:
+        return not_utf8(number, place, value)
+
+
+def not_utf8(number: int, place: str, value: bytes) -> BadRow:
+    """A row of bytes that are not UTF-8."""
+    try:
+        value.decode("utf-8")
+        start = 0
     except UnicodeDecodeError as error:
-        why = f"byte {error.start + 1} (0x{value[error.start]:02x}) is not valid UTF-8"
-        return BadRow(number, "not_utf8", f"{place},", why, beginning(value), TO_UTF8)
+        start = error.start
+    why = f"byte {start + 1} (0x{value[start]:02x}) is not valid UTF-8"
+    return BadRow(number, "not_utf8", f"{place},", why, beginning(value), TO_UTF8)
 
 
 def beginning(value: bytes | str) -> str:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -325,3 +326,22 @@ def test_what_lies_before_a_damage_is_read(tmp_path: Path) -> None:
     assert next(read_before).table["text"].to_pylist() == ["a", "b"]
     with pytest.raises(DataError, match="is damaged after row 2"):
         next(read_before)
+
+
+@pytest.mark.parametrize("buffer", [1, 2, 3, 5, 7])
+def test_characters_that_lie_across_reads(buffer: int) -> None:
+    import io
+
+    from lib.data.csv_files import MARK, _Utf8
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(buffer)
+
+    for content in ("aé€😀b" * 3, "", "é", "😀"):
+        assert io.BufferedReader(_Utf8(Slow(content.encode()))).read().decode() == content
+    broken = "é".encode()[:1] + b"a" + "😀".encode()[:3] + b"\xff\x80" + "€".encode() + "😀".encode()[:2]
+    said = io.BufferedReader(_Utf8(Slow(broken))).read().decode()
+    assert (
+        re.sub(f"{MARK}([0-9a-f]{{2}})", lambda m: f"<{m[1]}>", said) == "<c3>a<f0><9f><98><ff><80>€<f0><9f>"
+    )
