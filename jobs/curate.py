@@ -72,6 +72,8 @@ def curate(settings: Settings) -> None:
         words += ["--data.labels", f"[{', '.join(settings.data.label_names)}]"]
     if settings.data.slices:
         words += ["--data.slices", "{}"]
+    if settings.data.templates:  # its texts are whole already
+        words += ["--data.templates", "{}"]
     tell(words, settings)
 
 

@@ -28,7 +28,7 @@ from lib.training import resume
 
 def finetune(settings: Settings) -> None:
     check_behaviours(settings)  # the evaluation would refuse them, after hours
-    training, dataset = settings.training, plan(settings).ref
+    training, dataset = settings.training, plan(settings, fresh=False).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
     resumed = resume.find(settings, dataset)
     if joins_this_machine() and not settings.training.ignore_plan and judged(settings.task) != "rankings":

@@ -80,7 +80,7 @@ def stage(name: str, module: str) -> list[str]:
 def ask(settings: Settings) -> None:
     """Send rows of the test split to the endpoint, as many as some seconds allow; show some answers and the
     latency of all, and say of the first what it should have been."""
-    shard = plan(settings).ref.shards("test")[0]
+    shard = plan(settings, fresh=False).ref.shards("test")[0]
     with storage.local_copy(shard) as path:
         rows = pq.read_table(path).slice(0, TIMED).to_pylist()
     task = load_task(settings.task)

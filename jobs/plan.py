@@ -56,7 +56,7 @@ def training_tokens(settings: Settings) -> int | None:
     if settings.plan.architecture:  # the dataset belongs to another model
         return None
     try:
-        dataset = dataset_plan(settings).ref
+        dataset = dataset_plan(settings, fresh=False).ref
     except WhorlError:  # no source yet; jobs.preprocess says what is wrong with it
         return None
     if not dataset.exists():

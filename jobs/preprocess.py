@@ -3,7 +3,8 @@
     python -m jobs.preprocess --config jobs/configs/reviews.yaml [--data.limit 2000 ...]
 
 Writes Parquet shards and a manifest under datasets/NAME/FINGERPRINT in storage. The fingerprint stands for
-the source's content and the configuration: when a dataset of that name is there, nothing is done.
+the source's content and the configuration: when a dataset of that name is there, nothing is done. `report.html` beside the
+manifest shows what is in it. With --explain the plan is printed and nothing is started.
 """
 
 from __future__ import annotations
@@ -14,23 +15,39 @@ from typing import Any
 from lib import storage
 from lib.artifacts import SPLITS
 from lib.command import connect, main
+from lib.data import noise
+from lib.data.explain import explain
 from lib.data.plan import Plan, plan
+from lib.data.quarantine import FILE as QUARANTINE
+from lib.data.quarantine import REASONS
+from lib.data.report import FILE as REPORT
 from lib.settings import Settings
 
 
 def preprocess(settings: Settings) -> None:
     planned = plan(settings)
+    try:
+        report(planned, made(planned))
+    finally:
+        planned.forget()
+
+
+def made(planned: Plan) -> dict[str, Any]:
+    """The manifest of the dataset, made if it is not there."""
     if planned.ref.exists():
         print(
             f"dataset {planned.ref.fingerprint} is there already, made from the same input and config: skipped"
         )
-        manifest = planned.ref.manifest()
-    else:
-        connect()
-        from lib.data.build import build  # imports ray
+        return planned.ref.manifest()
+    connect()
+    from lib.data.build import build  # imports ray
 
-        manifest = build(planned)
-    report(planned, manifest)
+    return build(planned)
+
+
+def show(settings: Settings) -> None:
+    """The plan alone."""
+    print("\n".join(explain(plan(settings, fresh=False))))
 
 
 def report(planned: Plan, manifest: dict[str, Any]) -> None:
@@ -38,6 +55,9 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     print(f"fingerprint  {manifest['fingerprint']}")
     dropped = ", ".join(f"{rows:,} {reason}" for reason, rows in manifest["dropped"].items() if rows)
     print(f"rows read    {manifest['rows_read']:,}; dropped: {dropped or 'none'}")
+    if (left_out := manifest.get("quarantine")) and left_out["reasons"]:
+        reasons = ", ".join(f"{n:,} {REASONS[reason]}" for reason, n in left_out["reasons"].items())
+        print(f"quarantine   {reasons}; see {storage.display(storage.join(planned.ref.uri, QUARANTINE))}")
     for line in [*_cleaned(manifest), *_split(manifest)]:
         print(line)
     width = max([10, *(len(label) for label in labels)])
@@ -51,6 +71,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
+    for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
+        print(line)
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
@@ -62,7 +84,46 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     if "knowledge" in manifest:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
+    print(f"to look at   {storage.display(storage.join(planned.ref.uri, REPORT))}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
+
+
+def _wrong_labels(manifest: dict[str, Any], folder: str) -> list[str]:
+    """What the label noise report came to, and its first rows."""
+    lines = []
+    for name, found in manifest.get("label_noise", {}).items():
+        share = "-" if found["share"] is None else f"{found['share']:.1%}"
+        lines.append(
+            f"label noise  {name}: of {found['rows']:,} training rows an estimated {share} have a wrong label or one that the "
+            f"text does not tell; {found['suspects']:,} suspects, {len(found['listed']):,} in the manifest"
+        )
+        lines += [
+            f"  {s['row']}: {s['given']} {s['probability']:.2f}, rather {s['suggested']} "
+            f"{s['suggested_probability']:.2f}: {s['text'][:60]!r}"
+            for s in found["listed"][:3]
+        ]
+    if lines and manifest["settings"]["label_noise"]["tasks"]:
+        lines.append(
+            f"  for people: {folder}/{noise.FOLDER}, tasks and labelling configuration of Label Studio"
+        )
+    return lines
+
+
+def _by_source(manifest: dict[str, Any]) -> list[str]:
+    """Where the rows of the splits come from, where there are several sources."""
+    files: dict[int, list[dict[str, Any]]] = {}
+    for file in manifest.get("sources", []):
+        if "kept" in file:  # a recommender's are no rows any more
+            files.setdefault(file["source"], []).append(file)
+    lines = []
+    for several in files.values() if len(files) > 1 else ():
+        name = several[0]["uri"] + (f" and {len(several) - 1} more files" if len(several) > 1 else "")
+        rows = {split: sum(file["kept"][split] for file in several) for split in SPLITS}
+        weight = f", weight {several[0]['weight']:g}" if "weight" in several[0] else ""
+        lines.append(
+            f"  {', '.join(f'{n:,} {split}' for split, n in rows.items() if n) or 'none'} of {name}{weight}"
+        )
+    return ["by source", *lines] if lines else []
 
 
 def _cleaned(manifest: dict[str, Any]) -> list[str]:
@@ -96,4 +157,5 @@ def _split(manifest: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(preprocess)
+    given = [word for word in sys.argv[1:] if word != "--explain"]
+    main(show if len(given) < len(sys.argv) - 1 else preprocess, given)

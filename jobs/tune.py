@@ -34,7 +34,7 @@ BEST = "best.yaml"
 
 
 def tune(settings: Settings) -> None:
-    dataset = plan(settings).ref
+    dataset = plan(settings, fresh=False).ref
     dataset.manifest()  # absent: one line, before Ray or a run is started
     space.check(settings)
     resumed = interrupted(settings)

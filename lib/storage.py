@@ -27,6 +27,11 @@ from lib.errors import StorageError
 
 PROJECT = Path(__file__).resolve().parent.parent
 COMPLETE = "_COMPLETE"
+# Protocol → the extra of pyproject.toml whose packages read it.
+EXTRAS = {"gs": "gcp", "gcs": "gcp", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure"}
+HTTP = ("http", "https")
+# Whose errors say that a place could not be reached while a file was read.
+DRIVERS = ("aiohttp", "botocore", "aiobotocore", "gcsfs", "google", "azure")
 
 
 def root() -> str:
@@ -35,16 +40,32 @@ def root() -> str:
 
 
 def uri(path: str | Path) -> str:
-    """`path` as an absolute URI: plain paths become `file://…`, URIs stay as they are."""
+    """`path` as an absolute URI: plain paths become `file://…`, URIs stay as they are.
+
+    A file in an archive is `zip://INSIDE::URI`, whose last part is a path or URI of its own.
+    """
     text = str(path)
+    inside, chained, outside = text.rpartition("::")
+    if chained and "://" in inside:
+        return f"{inside}::{uri(outside)}"
     if "://" in text:
         return text.rstrip("/")
     return "file://" + str(Path(text).expanduser().absolute())
 
 
 def display(path: str) -> str:
-    """A URI as messages show it: without `file://`, and without a password."""
-    return re.sub(r"://[^/@]+@", "://***@", path).removeprefix("file://")
+    """A URI as messages show it: without `file://`, without a password, and without what a web address may be signed with."""
+    parts = [re.sub(r"://[^/@]+@", "://***@", part).removeprefix("file://") for part in path.split("::")]
+    return "::".join(part if without_query(part) == part else f"{without_query(part)}?…" for part in parts)
+
+
+def without_query(path: str) -> str:
+    """A web address up to its `?`; any other URI as it is."""
+    return path.partition("?")[0] if _protocol(path) in HTTP else path
+
+
+def _protocol(path: str) -> str:
+    return path.partition("://")[0] if "://" in path else "file"
 
 
 def join(base: str, *parts: str) -> str:
@@ -58,8 +79,12 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     try:
         fs, inside = url_to_fs(uri(path))
-    except (ValueError, ImportError) as error:
-        raise StorageError(f"cannot open {path!r}: {error}") from error
+    except ImportError as error:
+        extra = EXTRAS.get(_protocol(path))
+        mend = f"{_protocol(path)}:// needs pip install '.[{extra}]'" if extra else error
+        raise StorageError(f"cannot open {display(path)!r}: {mend}") from error
+    except Exception as error:  # an archive is opened at once, and a driver may raise what it likes
+        raise StorageError(f"cannot open {display(path)!r}: {error}") from error
     return fs, str(inside)
 
 
@@ -104,7 +129,9 @@ def find(pattern: str) -> list[str]:
     left out too: they are marks of other tools, not data."""
     fs, inside = filesystem(pattern)
     fs.invalidate_cache()
-    if any(c in inside for c in "*?["):
+    web = _protocol(pattern) in HTTP
+    # In a web address a question mark begins the query.
+    if any(c in inside for c in ("*" if web else "*?[")):
         found = _reach(pattern, fs.glob, inside, detail=True)
         hidden = inside.rsplit("/", 1)[-1].startswith(".")
         paths = [
@@ -112,13 +139,16 @@ def find(pattern: str) -> list[str]:
             for p, entry in found.items()
             if entry["type"] == "file" and (hidden or not p.rsplit("/", 1)[-1].startswith("."))
         ]
-    elif _reach(pattern, fs.isdir, inside):
+    elif not web and _reach(
+        pattern, fs.isdir, inside
+    ):  # the web would be asked for all of a file to look for links
         below = _reach(pattern, fs.find, inside)
-        skip = len(inside.rstrip("/")) + 1
+        skip = len(inside.rstrip("/")) + 1 if inside else 0
         paths = [p for p in below if not any(part.startswith((".", "_")) for part in p[skip:].split("/"))]
     else:
         paths = [inside] if _reach(pattern, fs.exists, inside) else []
-    return sorted(str(fs.unstrip_protocol(p)) for p in paths)
+    _, chained, outside = uri(pattern).partition("::")
+    return sorted(f"{fs.unstrip_protocol(p)}{chained}{outside}" for p in paths)
 
 
 def size(path: str) -> int:
@@ -128,13 +158,22 @@ def size(path: str) -> int:
 
 
 @contextmanager
-def open_file(path: str, mode: str = "rb") -> Iterator[Any]:
-    """A binary file to read (`rb`) or to write (`wb`; its folder is made). Raises StorageError."""
+def open_file(path: str, mode: str = "rb", forward: bool = False) -> Iterator[Any]:
+    """A binary file to read (`rb`) or to write (`wb`; its folder is made). Raises StorageError.
+
+    With `forward` it is read from the beginning only, which every web server can do.
+    """
     fs, inside = filesystem(path)
     if mode == "wb":
         _reach(path, fs.makedirs, inside.rsplit("/", 1)[0], exist_ok=True)
-    with _reach(path, fs.open, inside, mode) as file:
-        yield file
+    options = {"block_size": 0} if forward and _protocol(path) in HTTP else {}
+    with _reach(path, fs.open, inside, mode, **options) as file:
+        try:
+            yield file
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] in DRIVERS:
+                raise StorageError(f"cannot read {display(path)}: {type(error).__name__}: {error}") from error
+            raise
 
 
 def read_bytes(path: str) -> bytes:
@@ -269,19 +308,23 @@ def local_copy(path: str) -> Iterator[Path]:
 def checksum(path: str) -> str:
     """A digest that changes when the file's content does.
 
-    Local files are read (SHA-256). Elsewhere the store's own identity (ETag, generation, size) is
-    taken, so that a large remote source is not downloaded only to be named.
+    Local files, what lies in an archive, and what a web server has no tag for are read (SHA-256). Elsewhere the
+    store's own identity (ETag, generation, size) is taken, so that a large remote source is not downloaded only to be named.
     """
     fs, inside = filesystem(path)
-    if not is_local(fs):
+    if _protocol(path) in HTTP:
+        tag = _reach(path, fs.info, inside).get("ETag", "")
+        if tag and not tag.startswith("W/"):
+            return str(tag)
+    elif not is_local(fs) and "::" not in path:
         return str(_reach(path, fs.checksum, inside))
     digest = hashlib.sha256()
     try:
-        with open(inside, "rb") as file:
+        with open_file(path, forward=True) as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
+        raise StorageError(f"cannot read {display(path)}: {error.strerror or error}") from error
     return digest.hexdigest()
 
 
@@ -301,8 +344,10 @@ def _reach(path: str, call: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return call(*args, **kwargs)
     except FileNotFoundError as error:
-        raise StorageError(f"{path} does not exist") from error
+        raise StorageError(f"{display(path)} does not exist") from error
     except PermissionError as error:
-        raise StorageError(f"no permission for {path}; check the credentials or the file mode") from error
+        raise StorageError(
+            f"no permission for {display(path)}; check the credentials or the file mode"
+        ) from error
     except Exception as error:
-        raise StorageError(f"cannot reach {path}: {type(error).__name__}: {error}") from error
+        raise StorageError(f"cannot reach {display(path)}: {type(error).__name__}: {error}") from error

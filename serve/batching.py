@@ -11,29 +11,30 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-
-import numpy as np
+from typing import Generic, TypeVar
 
 from lib.engines import rounded
 
-Compute = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray] | np.ndarray]
-"""Rows of token ids → a result for each, float32 [C], or [T, C] for T tokens."""
+Row = TypeVar("Row", bound=Sized)
+"""Such as token ids; as long as its tokens are many."""
+Result = TypeVar("Result")
+"""Such as float32 [C], or [T, C] for T tokens."""
 
 
 @dataclass(frozen=True)
-class Waiting:
+class Waiting(Generic[Row, Result]):
     """A row in the queue and where its result goes."""
 
-    tokens: np.ndarray
-    result: Future[np.ndarray]
+    row: Row
+    result: Future[Result]
     since: float = field(default_factory=time.perf_counter)
 
 
-class LengthBatcher:
-    """Queue and engine thread. `compute` is only ever called from that one thread.
+class LengthBatcher(Generic[Row, Result]):
+    """Queue and engine thread. `compute`, from rows to as many results, is only ever called from that one thread.
 
     A batch holds at most `tokens_per_batch` tokens, and `padding_per_batch` of padding: with more, two
     batches would be quicker than one (at 32 clients, reviews of 22 to 129 tokens: a third more rows/s).
@@ -42,7 +43,7 @@ class LengthBatcher:
 
     def __init__(
         self,
-        compute: Compute,
+        compute: Callable[[Sequence[Row]], Iterable[Result]],
         tokens_per_batch: int,
         padding_per_batch: int,
         seen: Callable[[Sequence[float]], None] = lambda waits: None,
@@ -50,18 +51,18 @@ class LengthBatcher:
         self._compute, self._seen = compute, seen
         self._tokens_per_batch = tokens_per_batch
         self._padding_per_batch = padding_per_batch
-        self._queue: list[Waiting] = []
+        self._queue: list[Waiting[Row, Result]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
-    async def results(self, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    async def results(self, rows: Sequence[Row]) -> list[Result]:
         """The result of each row, in the order of `rows`.
 
         A caller that goes away takes its rows out of the queue. Raises what `compute` raised.
         """
-        waiting = [Waiting(row, Future()) for row in rows]
+        waiting: list[Waiting[Row, Result]] = [Waiting(row, Future()) for row in rows]
         with self._changed:
             if self._closed:
                 raise RuntimeError("the batcher is closed")
@@ -92,11 +93,11 @@ class LengthBatcher:
             if batch:
                 self._answer(batch)
 
-    def _take(self) -> list[Waiting]:
+    def _take(self) -> list[Waiting[Row, Result]]:
         """Take from the queue the row that waited longest and those nearest to it in length."""
         if not self._queue:
             return []
-        lengths = [len(waiting.tokens) for waiting in self._queue]
+        lengths = [len(waiting.row) for waiting in self._queue]
         chosen: set[int] = set()
         longest = total = 0
         for i in sorted(range(len(lengths)), key=lambda i: abs(lengths[i] - lengths[0])):
@@ -109,11 +110,11 @@ class LengthBatcher:
         self._queue = [w for i, w in enumerate(self._queue) if i not in chosen]
         return batch
 
-    def _answer(self, batch: list[Waiting]) -> None:
+    def _answer(self, batch: list[Waiting[Row, Result]]) -> None:
         now = time.perf_counter()
         try:
             self._seen([now - w.since for w in batch])
-            results = self._compute([w.tokens for w in batch])
+            results = self._compute([w.row for w in batch])
         except Exception as error:
             for one in batch:
                 one.result.set_exception(error)

@@ -50,7 +50,7 @@ class Opened:
     """An index version and the encoder of its questions."""
 
     embedder: Embedder
-    batcher: LengthBatcher
+    batcher: LengthBatcher[np.ndarray, np.ndarray]
 
     def __init__(self, ref: IndexRef, before: Opened | None) -> None:
         self.index = Index(ref)
@@ -99,7 +99,7 @@ class Knowledge:
         self._closed.set()
 
     def _follow(self) -> None:
-        retired: list[LengthBatcher] = []
+        retired: list[LengthBatcher[np.ndarray, np.ndarray]] = []
         while not self._closed.wait(self._settings.poll_s):
             # By now nobody uses them any more.
             while retired:

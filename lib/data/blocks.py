@@ -7,25 +7,28 @@ the dataset's shards depend on the source alone. Flattening a list column copies
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
 from lib.artifacts import SPLITS
-from lib.data.readers import read_tables
+from lib.data.quarantine import DAMAGED, Entry
+from lib.data.readers import read_rows
+from lib.data.rows import ROW_BITS as ROW_BITS
+from lib.data.rows import Rows
+from lib.data.shapes import Shape
 from lib.data.sources import SourceFile
-from lib.errors import WhorlError
+from lib.errors import DataError, WhorlError
 from lib.settings import Settings
 
 # Files smaller than this are read together, so that many small files do not make many small shards.
 FRAGMENT_BYTES = 64 << 20
 # A block holds no more text than this, however few rows that is: memory is bounded by it.
 BLOCK_BYTES = 32 << 20
-# A row's position is its file's number and its number in the file, in one integer.
-ROW_BITS = 40
 
 POSITION = "position"
 
@@ -41,6 +44,15 @@ class Reading:
     """Those of `columns` that may hold lists or objects."""
     block_rows: int
     limit: int | None
+    bad_rows: bool = False
+    """Whether blocks tell rows and files that cannot be read (`Block.bad`), instead of ending at the first."""
+    shapes: tuple[Shape, ...] = ()
+    """Of each source (`SourceFile.source`): how its columns become those of a block. None: as they are."""
+    weights: tuple[float, ...] = ()
+    """Of each source: how often training has its rows. None: once."""
+
+    def shape(self, file: SourceFile) -> Shape:
+        return self.shapes[file.source] if self.shapes else Shape(self.columns, lists=self.lists)
 
     def fragments(self) -> list[tuple[int, int]]:
         """First and last + 1 of the files that one task reads one after the other."""
@@ -67,14 +79,24 @@ class Reading:
         found: np.ndarray = self.given[positions >> ROW_BITS]
         return found
 
+    def weighed(self, positions: np.ndarray) -> np.ndarray:
+        """float64 [rows]: weights of rows' sources."""
+        of_files = [self.weights[file.source] if self.weights else 1.0 for file in self.files]
+        found: np.ndarray = np.array(of_files)[positions >> ROW_BITS]
+        return found
+
     def ranks(self, settings: Settings) -> np.ndarray:
         """int8 [files]: of equal rows, which file's stays; all the same where leaks are not mended."""
         return self.given if settings.data.leakage == "check" else np.zeros(len(self.files), np.int8)
 
+    def placed(self, position: int) -> tuple[SourceFile, int]:
+        """File of a position, and number of the row in it, from 0."""
+        return self.files[position >> ROW_BITS], position & ((1 << ROW_BITS) - 1)
+
     def place(self, position: int) -> str:
         """File and row of a position, for messages."""
-        file, row = position >> ROW_BITS, position & ((1 << ROW_BITS) - 1)
-        return f"{self.files[file].name} row {row + 1}"
+        file, row = self.placed(position)
+        return f"{file.name} row {row + 1}"
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,8 @@ class Block:
     """The reading's columns as strings, and `position` int64."""
     problem: str | None = None
     """What could not be read after the rows before it; the block then has no rows."""
+    bad: list[Entry] = field(default_factory=list)
+    """Rows between its own that could not be read, and files that are damaged behind them."""
 
 
 def read_blocks(reading: Reading, fragment: int, files: tuple[int, int]) -> Iterator[Block]:
@@ -98,49 +122,81 @@ def read_blocks(reading: Reading, fragment: int, files: tuple[int, int]) -> Iter
     """
     number = 0
     try:
-        for rows in _chunks(_tables(reading, files), reading.block_rows):
-            yield Block(fragment, number, rows)
+        for rows, bad in _chunks(_tables(reading, files), reading.block_rows):
+            yield Block(fragment, number, rows, bad=bad)
             number += 1
     except WhorlError as error:
         yield Block(fragment, number, _no_rows(list(reading.columns)), str(error))
 
 
-def _tables(reading: Reading, files: tuple[int, int]) -> Iterator[pa.Table]:
+# Rows with their positions, and those between and behind them that could not be read.
+_Part = tuple[pa.Table, list[Entry]]
+
+
+def _tables(reading: Reading, files: tuple[int, int]) -> Iterator[_Part]:
     left = math.inf if reading.limit is None else reading.limit
-    columns = list(reading.columns.values())
-    lists = frozenset(reading.columns[name] for name in reading.lists)
     for index in range(*files):
-        row = 0
-        for read in read_tables(reading.files[index], columns, reading.block_rows, lists):
-            table = read.rename_columns(list(reading.columns)).slice(0, int(min(left, read.num_rows)))
-            left -= table.num_rows
-            first = (index << ROW_BITS) + row
-            positions = np.arange(first, first + table.num_rows, dtype=np.int64)
-            row += table.num_rows
-            yield table.append_column(POSITION, pa.array(positions))
-            if left <= 0:
-                return
+        following = index << ROW_BITS
+        try:
+            for table, bad in _of_file(reading, index):
+                last = table.num_rows >= left
+                if last:
+                    table = table.slice(0, int(left))
+                    bad = [entry for entry in bad if entry.position < table[POSITION][-1].as_py()]
+                left -= table.num_rows
+                yield table, bad
+                if last:
+                    return
+                following = 1 + max(
+                    following - 1,
+                    table[POSITION][-1].as_py() if table.num_rows else 0,
+                    *(entry.position for entry in bad[-1:]),
+                )
+        except DataError as error:
+            if not reading.bad_rows:
+                raise
+            why = str(error).removeprefix(reading.files[index].name).strip()
+            yield _no_rows(list(reading.columns)), [Entry(following, DAMAGED, why, "")]
 
 
-def _chunks(tables: Iterator[pa.Table], rows: int) -> Iterator[pa.Table]:
-    """The same rows in tables of `rows` rows, or fewer where BLOCK_BYTES is reached first."""
+def _of_file(reading: Reading, index: int) -> Iterator[_Part]:
+    file, first = reading.files[index], index << ROW_BITS
+    shape = reading.shape(file)
+    for rows in read_rows(file, shape.read, reading.block_rows, shape.read_lists, reading.bad_rows):
+        table = shape.apply(rows.table)
+        yield table.append_column(POSITION, pa.array(rows.numbers + first)), _entries(rows, first)
+
+
+def _entries(rows: Rows, first: int) -> list[Entry]:
+    return [Entry(first + bad.number, bad.reason, bad.why, bad.text, bad.rows) for bad in rows.bad]
+
+
+def _chunks(tables: Iterator[_Part], rows: int) -> Iterator[_Part]:
+    """The same rows in tables of `rows` rows, or fewer where BLOCK_BYTES or as many bad rows are reached first."""
     held: list[pa.Table] = []
+    bad: list[Entry] = []
     held_rows = held_bytes = 0
-    for table in tables:
+    for table, waiting in tables:
         rest = table
-        while rest.num_rows:
-            bytes_a_row = max(1.0, rest.nbytes / rest.num_rows)
+        while rest.num_rows or waiting:
+            bytes_a_row = max(1.0, rest.nbytes / max(1, rest.num_rows))
             fitting = max(1, int((BLOCK_BYTES - held_bytes) / bytes_a_row))
             part = rest.slice(0, min(rows - held_rows, fitting))
             rest = rest.slice(part.num_rows)
+            before = len(waiting)
+            if rest.num_rows:
+                end = rest[POSITION][0].as_py()
+                before = sum(entry.position < end for entry in waiting)
+            bad += waiting[:before]
+            waiting = waiting[before:]
             held.append(part)
             held_rows += part.num_rows
             held_bytes += part.nbytes
-            if held_rows >= rows or held_bytes >= BLOCK_BYTES * 0.99:
-                yield pa.concat_tables(held).combine_chunks()
-                held, held_rows, held_bytes = [], 0, 0
-    if held_rows:
-        yield pa.concat_tables(held).combine_chunks()
+            if held_rows >= rows or held_bytes >= BLOCK_BYTES * 0.99 or len(bad) >= rows:
+                yield pa.concat_tables(held).combine_chunks(), bad
+                held, bad, held_rows, held_bytes = [], [], 0, 0
+    if held_rows or bad:
+        yield pa.concat_tables(held).combine_chunks(), bad
 
 
 def _no_rows(columns: Sequence[str]) -> pa.Table:
@@ -185,10 +241,14 @@ def to_row(block: Block) -> pa.Table:
             "fragment": pa.array([block.fragment], pa.int32()),
             "number": pa.array([block.number], pa.int32()),
             "problem": pa.array([block.problem], pa.string()),
+            "bad": pa.array([json.dumps([asdict(entry) for entry in block.bad])]),
         },
     )
 
 
 def from_row(row: pa.Table, columns: Sequence[str]) -> Block:
-    fragment, number, problem = (row[name][0].as_py() for name in ("fragment", "number", "problem"))
-    return Block(fragment, number, unpack(row, [*columns, POSITION]), problem)
+    fragment, number, problem, bad = (
+        row[name][0].as_py() for name in ("fragment", "number", "problem", "bad")
+    )
+    rows = unpack(row, [*columns, POSITION])
+    return Block(fragment, number, rows, problem, [Entry(**entry) for entry in json.loads(bad)])

@@ -22,11 +22,13 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from lib import storage, tracking
-from lib.data import recommend
+from lib import heads, storage, tracking
+from lib.artifacts import SPLITS
+from lib.data import noise, quarantine, recommend, report
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
+from lib.data.labelling import studio
 from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
@@ -64,7 +66,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         read: Callable[[str], Any] = partial(source, plan.reading, plan.texts, plan.rules)
         if plan.rules and plan.rules.names:  # its model reads the rows once, not at each pass
             read = partial(_already, read("redact").materialize())
-        scanned, hashes = scan(plan.reading, plan.settings, read("scan"))
+        scanned, hashes = scan(plan.reading, plan.settings, read("scan"), plan.rules)
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows")
         found = _found(plan, scanned, read, hashes, say)
@@ -72,11 +74,29 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
         packed = with_written(read("write"), plan.reading, plan.settings, found, new, plan.rules)
-        written = write(plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new)
+        written = write(
+            plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new, plan.rules
+        )
+        quarantine.gather(uri)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written, found.cuts)
-        storage.write_json(storage.join(uri, "manifest.json"), manifest)
+        if plan.settings.data.label_noise.report:
+            manifest["label_noise"] = _label_noise(plan, written, uri, say)
+        report.write(uri, manifest)
     return manifest
+
+
+def _label_noise(plan: Plan, written: Written, uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the manifest says of labels that are probably wrong; leaves tasks for Label Studio, where they are wanted."""
+    data = plan.settings.data
+    say(f"looking for wrong labels among {len(written.sampled):,} training rows")
+    told, tasks = noise.report(written.sampled, data, plan.reading.place)
+    if data.label_noise.tasks and tasks:
+        folder = storage.join(uri, noise.FOLDER)
+        storage.write_json(storage.join(folder, studio.TASKS), tasks)
+        config = studio.labelling_config(heads.of_data(data))
+        storage.write_bytes(storage.join(folder, studio.CONFIG), config.encode())
+    return told
 
 
 def _already(rows: Any, name: str) -> Any:
@@ -105,12 +125,14 @@ def _found(
 def _check_scanned(plan: Plan, scanned: Scanned) -> None:
     if scanned.problem:
         raise DataError(scanned.problem)
+    share, left_out = plan.settings.data.quarantine.share, scanned.quarantined
+    quarantine.check(left_out, plan.reading, scanned.rows, share)
     if not scanned.rows:
         raise DataError(f"the source {_source(plan)} holds no rows")
-    if scanned.malformed is not None:
+    if scanned.malformed is not None and not share:
         raise DataError(f"{plan.reading.place(scanned.malformed[0])} {scanned.malformed[1]}")
     unknown = scanned.unknown
-    if unknown.first is not None:
+    if unknown.first is not None and not share:
         values = ", ".join(repr(v) for v in unknown.values) + (
             ", …" if len(unknown.values) == unknown.SHOWN else ""
         )
@@ -118,19 +140,23 @@ def _check_scanned(plan: Plan, scanned: Scanned) -> None:
             f"data.labels: {unknown.rows:,} of {scanned.rows:,} rows hold a label outside the mapping ({values}); "
             f"first: {plan.reading.place(unknown.first)}; add the values to data.labels or correct the source"
         )
-    rejected = sum(scanned.rejected.values())
-    if scanned.empty + scanned.unlabelled + rejected == scanned.rows:
-        left_out = f"; {rejected:,} do not pass data.clean" if rejected else ""
+    rejected, rows = sum(scanned.rejected.values()), scanned.rows + left_out.unread
+    if scanned.empty + scanned.unlabelled + rejected + left_out.rows == rows:
+        more = f"; {rejected:,} do not pass data.clean" if rejected else ""
+        more += f"; {left_out.rows:,} are in quarantine" if left_out.rows else ""
         raise DataError(
-            f"no usable row in {_source(plan)}: of {scanned.rows:,}, {scanned.empty:,} have no text "
-            f"and {scanned.unlabelled:,} no label{left_out}"
+            f"no usable row in {_source(plan)}: of {rows:,}, {scanned.empty:,} have no text "
+            f"and {scanned.unlabelled:,} no label{more}"
         )
 
 
 def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> None:
     if written.refused is not None:
         raise DataError(f"{plan.reading.place(written.refused[0])} {written.refused[1]}")
-    if written.rows != scanned.rows:
+    share = plan.settings.data.quarantine.share
+    quarantine.check(written.quarantined, plan.reading, written.rows, share)
+    before = {why: n for why, n in written.quarantined.reasons.items() if why != quarantine.UNENCODABLE}
+    if written.rows != scanned.rows or before != scanned.quarantined.reasons:
         raise DataError(f"the source {_source(plan)} changed while it was read; run again")
     rows = sum(count.rows for count in written.splits.values())
     for split, count in written.splits.items():
@@ -200,20 +226,25 @@ def _source(plan: Plan) -> str:
 def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None) -> dict[str, Any]:
     settings = plan.settings
     classes = load_task(settings.task).classes(settings.data)
+    share, left_out = settings.data.quarantine.share, written.quarantined
     return {
         **plan.manifest_head(),
         "heads": {name: head.label_names for name, head in settings.data.heads.items()},
         "slices": list(settings.data.slices),
         **({"knowledge": str(plan.knowledge)} if plan.knowledge else {}),
-        "rows_read": scanned.rows,
+        "rows_read": scanned.rows + written.quarantined.unread,
         "dropped": {
             "empty": scanned.empty,
             "unlabelled": scanned.unlabelled,
+            **({"quarantined": written.quarantined.rows} if share else {}),
             **{reason: scanned.rejected[reason] for reason in REJECTING if scanned.rejected[reason]},
             **{reason: rows for reason, rows in written.dropped.items() if reason != "leaking"},
             "leaking": written.leaking if settings.data.leakage == "check" else 0,
             "undersampled": written.undersampled,
+            **({"thinned": written.thinned} if written.thinned else {}),
         },
+        **({"repeated": written.repeated} if written.repeated else {}),
+        **({"quarantine": quarantine.manifest(left_out, plan.reading, share)} if share else {}),
         **({"redacted": dict(sorted(written.redacted.items()))} if plan.rules else {}),
         "cleaned": {
             "changed": dict(scanned.changed),
@@ -225,15 +256,37 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None)
                 for name, samples in scanned.samples.items()
             },
         },
+        "examples": {
+            name: [{"row": plan.reading.place(position), "text": text} for position, text in rows]
+            for name, rows in {**scanned.examples, **written.examples}.items()
+        }
+        | quarantine.examples(left_out, plan.reading, settings.data.clean.samples),
         **({"augmented": dict(sorted(written.augmented.items()))} if settings.data.augment else {}),
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
         "split": _split(plan.settings.data.split, cuts),
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
-        "sources": [
-            {"uri": file.name, "rows": scanned.files.get(i, 0), "checksum": checksum}
-            for i, (file, checksum) in enumerate(zip(plan.reading.files, plan.checksums, strict=True))
-        ],
+        "sources": _sources(plan, scanned, written),
         "settings": settings.data.model_dump(mode="json", exclude=SOURCES),
         "versions": tracking.versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _sources(plan: Plan, scanned: Scanned, written: Written) -> list[dict[str, Any]]:
+    """Of each file: rows that were read, and how many of them are in each split, by its weight."""
+    reading, found = plan.reading, []
+    given = [entry for entries in plan.settings.data.sources.values() for entry in entries]
+    for index, (file, checksum) in enumerate(zip(reading.files, plan.checksums, strict=True)):
+        kept = written.kept.get(index, [0] * len(SPLITS))
+        told = {
+            "uri": file.name,
+            "rows": scanned.files.get(index, 0),
+            "checksum": checksum,
+            "source": file.source,
+            "kept": dict(zip(SPLITS, kept, strict=True)),
+        }
+        if file.columns is not None:
+            told["query"] = given[file.source].query
+        own = given[file.source].model_dump(include={"weight", "columns", "labels"}, exclude_defaults=True)
+        found.append(told | own)
+    return found

@@ -10,9 +10,9 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-import pyarrow as pa
 import yaml
 
+from lib.data.rows import BadRow, beginning
 from lib.data.sources import SourceFile
 from lib.errors import DataError
 
@@ -20,22 +20,17 @@ COLUMNS = ("messages", "category")
 SPEAKERS = ("user", "assistant")
 
 
-def read_tables(
-    file: SourceFile, stream: IO[bytes], columns: Sequence[str], batch_rows: int
-) -> Iterator[pa.Table]:
-    """Tables of at most `batch_rows` conversations, each of `columns` a string column.
-
-    Raises DataError for a file of another form, naming the conversation where one is at fault.
-    """
+def read(file: SourceFile, stream: IO[bytes], columns: Sequence[str]) -> Iterator[list[str | None] | BadRow]:
+    """The conversations. Raises DataError for a file of another form."""
     values = _load(file, stream)
     category = ", ".join(map(str, values.get("categories") or [])) or None
-    rows = [
-        {"messages": _messages(file, number, said), "category": category}
-        for number, said in enumerate(values["conversations"], 1)
-    ]
-    for start in range(0, len(rows), batch_rows):
-        part = rows[start : start + batch_rows]
-        yield pa.table({name: pa.array([row[name] for row in part], pa.string()) for name in columns})
+    for number, said in enumerate(values["conversations"]):
+        if isinstance(said, list) and all(isinstance(text, str) for text in said):
+            row = {"messages": _messages(said), "category": category}
+            yield [row[name] for name in columns]
+        else:
+            why, text = "is no list of texts", beginning(str(said))
+            yield BadRow(number, "wrong_value", f"row {number + 1}", why, text, shown=60)
 
 
 def _load(file: SourceFile, stream: IO[bytes]) -> dict[str, Any]:
@@ -54,8 +49,6 @@ def _load(file: SourceFile, stream: IO[bytes]) -> dict[str, Any]:
     return values
 
 
-def _messages(file: SourceFile, number: int, said: Any) -> str:
-    if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
-        raise DataError(f"{file.name} row {number} is no list of texts: {str(said)[:60]!r}")
+def _messages(said: list[str]) -> str:
     turns = [{"role": SPEAKERS[i % 2], "content": text} for i, text in enumerate(said)]
     return json.dumps(turns, ensure_ascii=False)

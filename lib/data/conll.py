@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
-import pyarrow as pa
-
+from lib.data.rows import TO_UTF8, BadRow, beginning
 from lib.data.sources import SourceFile
 from lib.errors import DataError
 
@@ -20,53 +19,49 @@ LAST = "last"
 DOCUMENT = "-DOCSTART-"
 
 
-def column_names(file: SourceFile, stream: IO[bytes]) -> list[str]:
-    """`1` to the number of columns of the first word, and `last`. Raises DataError when there is no word."""
-    for _, words in sentences(file, stream):
+def column_names(file: SourceFile, stream: IO[bytes], bad_rows: bool) -> list[str]:
+    """`1` to the number of columns of the first word, and `last`. Raises DataError when there is no word, and without
+    `bad_rows` for a bad first sentence."""
+    for words in sentences(stream):
+        if isinstance(words, BadRow):
+            if not bad_rows:
+                raise words.error(file)
+            continue
         return [*(str(i + 1) for i in range(len(words[0]))), LAST]
     raise DataError(f"{file.name} holds no words")
 
 
-def read_tables(
-    file: SourceFile, stream: IO[bytes], columns: Sequence[str], batch_rows: int
-) -> Iterator[pa.Table]:
-    """Tables of at most `batch_rows` sentences, each of `columns` a string column of JSON lists."""
+def read(file: SourceFile, stream: IO[bytes], columns: Sequence[str]) -> Iterator[list[str | None] | BadRow]:
+    """The sentences, each of `columns` as a JSON list."""
     places = [-1 if name == LAST else int(name) - 1 for name in columns]
-    rows: list[list[str]] = []
-    for _, words in sentences(file, stream):
-        rows.append([json.dumps([w[place] for w in words], ensure_ascii=False) for place in places])
-        if len(rows) == batch_rows:
-            yield _table(rows, columns)
-            rows = []
-    if rows:
-        yield _table(rows, columns)
+    for words in sentences(stream):
+        if isinstance(words, BadRow):
+            yield words
+        else:
+            yield [json.dumps([w[place] for w in words], ensure_ascii=False) for place in places]
 
 
-def _table(rows: list[list[str]], columns: Sequence[str]) -> pa.Table:
-    arrays = [pa.array(values, pa.string()) for values in zip(*rows, strict=True)]
-    return pa.table(arrays, names=list(columns))
+def sentences(lines: Iterable[bytes]) -> Iterator[list[list[str]] | BadRow]:
+    """The columns of each word, sentence by sentence.
 
-
-def sentences(file: SourceFile, lines: Iterable[bytes]) -> Iterator[tuple[int, list[list[str]]]]:
-    """Line number of the first word, and the columns of each word, sentence by sentence.
-
-    Raises DataError, naming the line, for a word with another number of columns than the first one of the
-    file, and for bytes that are not UTF-8.
+    Bad is a sentence with a word of another number of columns than the first one of the file, or with bytes that are not
+    UTF-8.
     """
     words: list[list[str]] = []
-    began = width = 0
+    bad: BadRow | None = None
+    row = width = 0
     for number, raw in enumerate(lines, 1):
         try:
             line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file.name} line {number}, byte {error.start + 1} (0x{error.object[error.start]:02x}) is not valid "
-                f"UTF-8; convert the file to UTF-8, such as with iconv -f WINDOWS-1252 -t UTF-8"
-            ) from error
+            why = f"byte {error.start + 1} (0x{raw[error.start]:02x}) is not valid UTF-8"
+            bad = bad or BadRow(row, "not_utf8", f"line {number},", why, beginning(raw), TO_UTF8)
+            continue
         if not line:
-            if words:
-                yield began, words
-            words = []
+            if bad or words:
+                yield bad or words
+                row += 1
+            words, bad = [], None
             continue
         if not words and line.startswith("#") and (width == 0 or len(line.split()) != width):
             continue
@@ -74,13 +69,10 @@ def sentences(file: SourceFile, lines: Iterable[bytes]) -> Iterator[tuple[int, l
         if values[0] == DOCUMENT:
             continue
         width = width or len(values)
-        if len(values) != width:
-            raise DataError(
-                f"{file.name} line {number} has {len(values)} columns where the first word has {width} "
-                f"({line[:60]!r}); give every word a line of {width} columns"
-            )
-        if not words:
-            began = number
         words.append(values)
-    if words:
-        yield began, words
+        if len(values) != width and not bad:
+            why = f"has {len(values)} columns where the first word has {width}"
+            mend = f"give every word a line of {width} columns"
+            bad = BadRow(row, "wrong_columns", f"line {number}", why, beginning(line), mend, shown=60)
+    if bad or words:
+        yield bad or words

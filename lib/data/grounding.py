@@ -38,11 +38,14 @@ def identity(settings: Settings, ref: IndexRef) -> dict[str, Any]:
     return {"index": ref.fingerprint, "told": told}
 
 
-def ground(rows: pa.Table, settings: Settings, ref: IndexRef) -> pa.Table:
+def ground(
+    rows: pa.Table, settings: Settings, ref: IndexRef, refused: dict[int, str] | None = None
+) -> pa.Table:
     """Rows with `messages` of which the first holds passages, `asked`, the messages as they were, and `passages`, the
     text of those that were put in, empty where nothing was found.
 
-    Raises UnencodableError for a dialogue whose length leaves no room for a passage.
+    Raises UnencodableError for a dialogue whose length leaves no room for a passage; or, where `refused` is given, adds
+    its row to it, with the reason, and leaves it as it is.
     """
     knowledge = settings.serving.knowledge
     assert knowledge is not None
@@ -60,10 +63,11 @@ def ground(rows: pa.Table, settings: Settings, ref: IndexRef) -> pa.Table:
         try:
             before, chosen = prompter.told(turns[:end], hits, answer)
         except RequestError as error:
-            raise UnencodableError(
-                row,
-                f"{error} (model.max_length is {settings.model.max_length}; raise it or leave the row out)",
-            ) from None
+            why = f"{error} (model.max_length is {settings.model.max_length}; raise it or leave the row out)"
+            if refused is None:
+                raise UnencodableError(row, why) from None
+            refused[row] = why
+            before, chosen = turns[:end], []
         told.append([*before, *turns[end:]])
         passages.append(listed(chosen))
     place, kind = rows.column_names.index("messages"), rows.schema.field("messages").type

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 
 from lib import storage, tracking
 from lib.artifacts import SPLITS
+from lib.data import report
 from lib.data.plan import Plan
-from lib.data.shards import SplitCount, shard_name
+from lib.data.shards import SplitCount, length_classes, shard_name
 from lib.parts import own, stored
 from lib.tasks import load_task
 
@@ -89,8 +90,8 @@ def mix(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             "parts": {name: part.ref.fingerprint for name, part in plan.parts.items()},
             "rows_read": sum(one["rows_read"] for one in manifests.values()),
             "dropped": {
-                reason: sum(one["dropped"][reason] for one in manifests.values())
-                for reason in next(iter(manifests.values()))["dropped"]
+                reason: sum(one["dropped"].get(reason, 0) for one in manifests.values())
+                for reason in dict.fromkeys(why for one in manifests.values() for why in one["dropped"])
             },
             "redacted": dict(
                 sum((Counter(one.get("redacted", {})) for one in manifests.values()), Counter())
@@ -100,7 +101,7 @@ def mix(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             "versions": tracking.versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        storage.write_json(storage.join(uri, "manifest.json"), manifest)
+        report.write(uri, manifest)
     return manifest
 
 
@@ -134,7 +135,7 @@ def _split(plan: Plan, manifests: dict[str, dict[str, Any]], split: str, uri: st
             if table is not None:
                 _add(of_parts[stream.name], stream.name, table, plan, manifests[stream.name]["labels"])
     for one in of_parts.values():
-        count.add(SplitCount(one.rows, one.tokens, one.truncated, {}, []))
+        count.add(SplitCount(one.rows, one.tokens, one.truncated, lengths=one.lengths))
     labels = {f"{name}/{label}": n for name, one in of_parts.items() for label, n in one.labels.items()}
     return {
         **count.manifest([]),
@@ -156,5 +157,6 @@ def _add(count: SplitCount, name: str, table: pa.Table, plan: Plan, labels: list
             tokens=int(np.sum(table["length"].to_numpy(), dtype=np.int64)),
             truncated=int(np.sum(table["truncated"].to_numpy())),
             labels=task.counts(own(name, table), labels),
+            lengths=length_classes(table["length"].to_numpy()),
         )
     )

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import augment, blocks, clean, grounding, sources, split
+from lib.data import augment, blocks, clean, grounding, queries, shapes, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
+from lib.errors import ConfigError, DataError
+from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
-from lib.settings import Settings, TableSettings
+from lib.settings import DataSettings, Settings, SourceSettings, TableSettings
 from lib.tasks import load_task
 
 # Part of every fingerprint. Raise it when the same input would give other rows or other files.
@@ -25,6 +28,7 @@ FORMAT = 1
 # What the configuration says of places: their content counts, and it has checksums.
 SOURCES: dict[str, Any] = {
     **dict.fromkeys(("source", "validation_source", "test_source"), True),
+    "query": True,
     "items": {"source"},
     "users": {"source"},
     "augment": {
@@ -32,6 +36,8 @@ SOURCES: dict[str, Any] = {
         "writer": dict.fromkeys(("workers", "cpus_per_worker", "gpus_per_worker"), True),
     },
 }
+# How many work, and where, changes no row.
+WORKERS = {"workers", "cpus_per_worker", "gpus_per_worker"}
 # Rows of a table of items or users that one task looks at, at a time.
 TABLE_ROWS = 20_000
 
@@ -67,6 +73,12 @@ class Plan:
         """Of the source and the tables; `checksums` are theirs."""
         return [file for reading in (self.reading, *self.tables.values()) for file in reading.files]
 
+    def forget(self) -> None:
+        """Remove the rows that a database gave, once they are read or nobody will read them."""
+        for part in self.parts.values():
+            part.forget()
+        _forget(self.all_files)
+
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest of every dataset begins with."""
         return {
@@ -81,28 +93,58 @@ class Plan:
         }
 
 
-def plan(settings: Settings) -> Plan:
+def plan(settings: Settings, fresh: bool = True) -> Plan:
     """Look at the source and name the dataset, without reading rows or starting Ray.
 
-    Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
+    A database is asked anew if `fresh`, for whoever is to read its rows; else what it gave last names the dataset. Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
     or an index that cannot be used.
     """
     data = settings.data
     if data.parts:
-        return _mixed(settings)
+        return _mixed(settings, fresh)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
     split.check(data, task, settings.task)
     augment.check(data, task, settings.task)
-    files = [
-        file
-        for given, uris in data.sources.items()
-        for file in sources.find_files(
-            uris, data.format, given, f"data.{given}_source" if given else "data.source"
-        )
-    ]
+    files: list[sources.SourceFile] = []
+    try:
+        for number, (given, entry) in enumerate(_entries(data)):
+            files += _files(number, given, entry, fresh)
+        return _named(settings, files)
+    except BaseException:
+        _forget(files)
+        raise
+
+
+def _entries(data: DataSettings) -> list[tuple[str | None, SourceSettings]]:
+    """All sources, each with the split that it is given for."""
+    return [(given, entry) for given, entries in data.sources.items() for entry in entries]
+
+
+def _files(number: int, given: str | None, entry: SourceSettings, fresh: bool) -> list[sources.SourceFile]:
+    key = f"data.{given}_source" if given else "data.source"
+    found = sources.find_files([entry.uri], entry.format or "auto", given, key, entry.query, fresh)
+    return [replace(file, source=number) for file in found]
+
+
+def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
+    """The dataset of these files."""
+    data, task = settings.data, load_task(settings.task)
     clean.check(data, clean.texts(task), settings.task)
-    columns = {**task.columns(data, column_names(files[0])), **data.slices, **split.columns(data)}
+    if data.label_noise.report and settings.task != "sentiment":
+        raise ConfigError(
+            f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
+        )
+    bad_rows = data.quarantine.share > 0
+    if bad_rows and settings.task == "recommend":
+        raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
+    if settings.task == "recommend" and any(entry.weight != 1 for _, entry in _entries(data)):
+        raise ConfigError("data.source: a weight repeats rows, and recommend counts them; leave it out")
+    with ThreadPoolExecutor(8) as pool:
+        present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
+    entries = _entries(data)
+    known = [*_known(files, present, entries, data), *data.templates]
+    columns = {**task.columns(data, known), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -119,11 +161,18 @@ def plan(settings: Settings) -> Plan:
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
+    lists = task.LISTS.intersection(columns)
+    known_as = dict(zip(columns, keys, strict=True))
+    shaped = tuple(shapes.of_source(entry, columns, lists, data) for _, entry in entries)
+    shapes.check_used(data.templates, [column for shape in shaped for column in shape.columns.values()])
+    for file, names in zip(files, present, strict=True):
+        if not isinstance(names, DataError):
+            of_file = {known_as[name]: column for name, column in shaped[file.source].columns.items()}
+            for key, column in shapes.wanted(of_file, data.templates):
+                sources.check_columns(file, {key: column}, names)
     with ThreadPoolExecutor(8) as pool:
-        for file, present in zip(files, pool.map(column_names, files), strict=True):
-            sources.check_columns(file, keys, present)
         read = [*files, *(file for reading in tables.values() for file in reading.files)]
-        checksums = tuple(pool.map(storage.checksum, [f.uri for f in read]))
+        checksums = tuple(pool.map(lambda file: file.checksum or storage.checksum(file.uri), read))
     tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
     knowledge = None
     if data.grounded and settings.serving.knowledge is not None:
@@ -132,6 +181,7 @@ def plan(settings: Settings) -> Plan:
     rules = Rules.of(data.redact) if data.redact else None
     # What the loss does with a head changes no row.
     heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
+    own = [shapes.identity(entry) for _, entry in entries]
     identity = {
         "format": FORMAT,
         "task": settings.task,
@@ -139,22 +189,67 @@ def plan(settings: Settings) -> Plan:
         "max_length": settings.model.max_length,
         "case_markers": settings.model.case_markers,
         "sources": [
-            [file.format, checksum, file.split] for file, checksum in zip(read, checksums, strict=True)
+            [file.format, checksum, file.split, *(own[file.source] if place < len(files) else ())]
+            for place, (file, checksum) in enumerate(zip(read, checksums, strict=True))
         ],
         "chat_template": template and template_text(template),
         "data": data.model_dump(
-            mode="json", exclude=SOURCES | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            mode="json",
+            exclude=SOURCES
+            | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            | {"near": {"semantic": WORKERS}},
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
         | ({"augmentation": augment.identity(settings)} if data.augment else {})
+        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
-    lists = task.LISTS.intersection(columns)
-    reading = blocks.Reading(tuple(files), columns, lists, data.rows_per_shard, data.limit)
+    reading = blocks.Reading(
+        tuple(files),
+        columns,
+        lists,
+        data.rows_per_shard,
+        data.limit,
+        bad_rows,
+        shaped,
+        tuple(entry.weight for _, entry in entries),
+    )
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
+
+
+def _forget(files: list[sources.SourceFile]) -> None:
+    for file in files:
+        if file.columns is not None:
+            queries.forget(file.uri)
+
+
+def _present(file: sources.SourceFile, bad_rows: bool) -> list[str] | DataError:
+    """The columns of a file; or, where it may be bad, why it has none."""
+    if file.columns is not None:
+        return list(file.columns)
+    try:
+        return column_names(file, bad_rows)
+    except DataError as error:
+        if not bad_rows:
+            raise
+        return error
+
+
+def _known(
+    files: list[sources.SourceFile],
+    present: list[list[str] | DataError],
+    entries: list[tuple[str | None, SourceSettings]],
+    data: DataSettings,
+) -> list[str]:
+    """The columns of the first file that has any, by the names that `data.columns` has for them."""
+    for file, names in zip(files, present, strict=True):
+        if not isinstance(names, DataError):
+            own = entries[file.source][1].columns
+            return names + [getattr(data.columns, name, name) for name in own if own[name] in names]
+    raise present[0]  # type: ignore[misc]
 
 
 def _table(name: str, table: TableSettings) -> blocks.Reading:
@@ -170,8 +265,8 @@ def _table(name: str, table: TableSettings) -> blocks.Reading:
     return blocks.Reading(tuple(files), columns, frozenset(), TABLE_ROWS, None)
 
 
-def _mixed(settings: Settings) -> Plan:
-    parts = {name: plan(settings.part(name)) for name in settings.data.parts}
+def _mixed(settings: Settings, fresh: bool) -> Plan:
+    parts = {name: plan(settings.part(name), fresh) for name in settings.data.parts}
     identity = {
         "format": FORMAT,
         "parts": {name: part.ref.fingerprint for name, part in parts.items()},

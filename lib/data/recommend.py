@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,11 +22,11 @@ import pyarrow.parquet as pq
 
 from lib import storage, tracking
 from lib.artifacts import SPLITS
-from lib.data import behaviour, catalogue, dedup
+from lib.data import behaviour, catalogue, dedup, report
 from lib.data.behaviour import Behaviour
 from lib.data.interactions import Sequences, core, divide, events
 from lib.data.plan import SOURCES, Plan
-from lib.data.shards import SplitCount, shard_name
+from lib.data.shards import SplitCount, length_classes, shard_name
 from lib.encoders import lists
 from lib.errors import DataError
 from lib.recommender import items
@@ -73,7 +73,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
             for split in SPLITS
         }
         manifest = _manifest(plan, found, kept, known, shards, counts, table.redacted)
-        storage.write_json(storage.join(uri, "manifest.json"), manifest)
+        report.write(uri, manifest)
     return manifest
 
 
@@ -165,7 +165,8 @@ def _write(
         with storage.open_file(storage.join(uri, shard_name(number)), "wb") as file:
             pq.write_table(rows, file, compression="zstd")
         tokens = int(np.sum(rows["length"].to_numpy(), dtype=np.int64))
-        count.add(SplitCount(rows.num_rows, tokens, shards=[shard_name(number)]))
+        lengths = length_classes(rows["length"].to_numpy())
+        count.add(SplitCount(rows.num_rows, tokens, shards=[shard_name(number)], lengths=lengths))
     return count
 
 
@@ -217,7 +218,7 @@ def _manifest(
         "events": events(data.interactions),
         **({"redacted": dict(sorted(redacted.items()))} if plan.rules else {}),
         "users_known": {"categories": known.categories, "numbers": vars(known.scale)},
-        "splits": {name: {**asdict(count), "labels": {}} for name, count in counts.items()},
+        "splits": {name: count.manifest([]) for name, count in counts.items()},
         "sources": [
             {"uri": file.name, "checksum": checksum}
             for file, checksum in zip(plan.all_files, plan.checksums, strict=True)

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from lib import storage, tracking
 from lib.artifacts import IndexRef
-from lib.data import blocks, sources
+from lib.data import blocks, shapes, sources
 from lib.data.blocks import Block, Reading
 from lib.data.readers import column_names
 from lib.errors import ConfigError, DataError
@@ -102,7 +102,8 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
     if not wanted.sources:
         raise ConfigError("score.source is missing; give --score.source URI")
     files = sources.find_files(wanted.sources, wanted.format, key="score.source")
-    inputs = load_task(task).input_columns(settings.data, column_names(files[0]))
+    templates = settings.data.templates
+    inputs = load_task(task).input_columns(settings.data, [*column_names(files[0]), *templates])
     if taken := inputs.keys() & wanted.keep.keys():
         raise ConfigError(
             f"score.keep: {taken.pop()!r} is the name of a column of the scores; choose another"
@@ -112,7 +113,8 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
     kept = {f"keep.{name}": column for name, column in wanted.keep.items()}
     with ThreadPoolExecutor(8) as pool:
         for file, present in zip(files, pool.map(column_names, files), strict=True):
-            sources.check_columns(file, keys, present)
+            for key, column in shapes.wanted(keys, templates):
+                sources.check_columns(file, {key: column}, present)
             sources.check_columns(file, kept, present, section="score")
         checksums = tuple(pool.map(storage.checksum, [file.uri for file in files]))
     engine = _engine(settings, task)
@@ -129,6 +131,7 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
             [file.format, file.name, checksum] for file, checksum in zip(files, checksums, strict=True)
         ],
         "columns": columns,
+        "templates": templates,
         "score": wanted.model_dump(
             mode="json", include={"limit", "rows_per_shard", "max_tokens", "temperature"}
         ),
@@ -144,7 +147,15 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
     fingerprint = storage.fingerprint(identity)
     folder = wanted.output or storage.join(storage.root(), "scores", settings.name, fingerprint)
     lists = load_task(task).LISTS.intersection(inputs)
-    reading = Reading(tuple(files), columns, lists, wanted.rows_per_shard, wanted.limit)
+    shape = shapes.Shape(columns, templates, lists)
+    reading = Reading(
+        tuple(files),
+        columns,
+        lists,
+        wanted.rows_per_shard,
+        wanted.limit,
+        shapes=(shape,) if templates else (),
+    )
     uri = storage.uri(folder)
     return Planned(settings, task, model, reading, checksums, uri, fingerprint, engine, knowledge)
 

@@ -13,7 +13,7 @@ from ray.data import Dataset
 from lib.data import blocks
 from lib.data.blocks import Reading
 from lib.data.cuts import Looking, at_dates, counted, find, together
-from lib.data.near_passes import staying
+from lib.data.shuffles import staying
 from lib.data.split import Cuts, keys
 from lib.data.stream import parallel_tasks, tables
 from lib.settings import DataSettings, Settings

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from lib import pages
 from lib.artifacts import AnswersReport, EvalReport
 from lib.direction import gain, lower_is_better
 from lib.evaluation.classification import MODEL, Measured
@@ -53,16 +52,13 @@ def write(measured: Measured, folder: Path) -> None:
 
 def page(report: EvalReport, picture: bytes) -> str:
     """The report as one self-contained HTML page: nothing is loaded from elsewhere."""
-    from jinja2 import Environment, StrictUndefined
-
-    # Conversations are users' and models': whatever they hold is shown, never run.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    return pages.render(
+        TEMPLATE,
         report=report,
         answers=answers_of(report),
         systems={"base": "before", MODEL: "after", "nearest": "nearest"},
         comparison=comparison(report),
-        picture=base64.b64encode(picture).decode(),
+        picture=pages.embedded(picture),
         judged=judged(report),
         slices={name: slice_rows(values) for name, values in report.slices.items()},
         lower=lower_is_better,
@@ -165,13 +161,9 @@ def render(report: EvalReport) -> str:
 
 def figure(report: EvalReport) -> bytes:
     """Perplexity, ROUGE-L and chrF of each system with their intervals, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     answers = answers_of(report)
-    drawn = Figure(figsize=(9, 3), layout="constrained")
-    FigureCanvasAgg(drawn)
-    colours = {"base": "#9aa5b1", MODEL: "#2f6db3", "nearest": "#b9d3ee"}
+    drawn = pages.figure(9, 3)
+    colours = {"base": pages.GREY, MODEL: pages.BLUE, "nearest": pages.LIGHT}
     for axes, metric in zip(drawn.subplots(1, 3), ("perplexity", "rouge_l", "chrf"), strict=True):
         systems = {
             "base": report.baselines["base"],
@@ -187,13 +179,11 @@ def figure(report: EvalReport) -> bytes:
             if ends:
                 # A percentile interval need not enclose the value; a negative error bar is refused.
                 errors = [[max(value - ends[0], 0)], [max(ends[1] - value, 0)]]
-                axes.errorbar(place, value, yerr=errors, color="#22303c", capsize=4)
+                axes.errorbar(place, value, yerr=errors, color=pages.INK, capsize=4)
         names = {"base": "before", MODEL: "after", "nearest": "nearest"}
         axes.set_xticks(range(len(having)), [names[name] for name in having])
         axes.set_title(
             f"{HEADINGS[metric][0]} ({'lower' if lower_is_better(metric) else 'higher'} is better)",
             fontsize=10,
         )
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return pages.png(drawn)

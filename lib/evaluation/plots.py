@@ -1,20 +1,11 @@
-"""Figures as PNG bytes: confusion matrix, reliability diagram, the model beside its baselines.
-
-Drawn on matplotlib's Agg canvas directly: no window system, no global state, safe in any thread.
-"""
+"""Figures as PNG bytes: confusion matrix, reliability diagram, the model beside its baselines."""
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any
-
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from lib.pages import BLUE, GREY, INK, LIGHT, RED, figure, plain, png
 
-BLUE, LIGHT, RED, GREY, INK = "#2f6db3", "#b9d3ee", "#c9374b", "#9aa5b1", "#22303c"
 # Above this many classes the numbers in the cells could no longer be read.
 MOST_ANNOTATED = 12
 
@@ -27,10 +18,10 @@ def confusion_plot(confusion: np.ndarray, names: list[str], title: str) -> bytes
     share = np.divide(confusion, rows, out=np.zeros(confusion.shape), where=rows > 0)
     classes = len(names)
     side = float(np.clip(2.6 + 0.95 * classes, 4.6, 14))
-    figure = _figure(side + 1.1, side)
-    axes = figure.add_subplot()
+    drawn = figure(side + 1.1, side)
+    axes = drawn.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
+    drawn.colorbar(image, ax=axes, label="share of the true class", format=PercentFormatter(1), shrink=0.8)
     size = 11 if classes <= 6 else 8
     if classes <= MOST_ANNOTATED:
         for true in range(classes):
@@ -51,15 +42,15 @@ def confusion_plot(confusion: np.ndarray, names: list[str], title: str) -> bytes
     axes.set_xticks(ticks, names, rotation=tilt, ha="right" if tilt else "center", fontsize=size)
     axes.set_yticks(ticks, down, fontsize=size)
     axes.set(xlabel="predicted", ylabel="true (rows)", title=title)
-    return _png(figure)
+    return png(drawn)
 
 
 def reliability_plot(bins: list[dict[str, float]], error: float, title: str) -> bytes:
     """Accuracy against confidence, bin by bin, with the gap between them; below, where the rows are."""
     from matplotlib.ticker import PercentFormatter
 
-    figure = _figure(6.2, 7.0)
-    upper, lower = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
+    drawn = figure(6.2, 7.0)
+    upper, lower = drawn.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1]})
     filled = [b for b in bins if b["rows"]]
     middle = np.array([(b["lower"] + b["upper"]) / 2 for b in filled])
     width = (bins[0]["upper"] - bins[0]["lower"]) * 0.94
@@ -93,8 +84,8 @@ def reliability_plot(bins: list[dict[str, float]], error: float, title: str) -> 
     lower.set(xlabel="confidence (probability of the predicted class)", ylabel="share of rows", xlim=(0, 1))
     for axis in (lower.xaxis, lower.yaxis):
         axis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _plain(upper, lower)
-    return _png(figure)
+    plain(upper, lower)
+    return png(drawn)
 
 
 def comparison_plot(
@@ -102,8 +93,8 @@ def comparison_plot(
 ) -> bytes:
     """The metric of each system with its 95% interval; the first is the model itself."""
     names = list(scores)
-    figure = _figure(6.4, 1.3 + 0.55 * len(names))
-    axes = figure.add_subplot()
+    drawn = figure(6.4, 1.3 + 0.55 * len(names))
+    axes = drawn.add_subplot()
     for place, name in enumerate(names):
         value, colour = scores[name], BLUE if place == 0 else GREY
         axes.barh(place, value, 0.55, color=colour)
@@ -117,28 +108,5 @@ def comparison_plot(
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set(xlabel=f"{metric} on the test split, with 95% bootstrap intervals", xlim=(0, 1), title=title)
-    _plain(axes)
-    return _png(figure)
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _plain(*axes: Axes) -> None:
-    for one in axes:
-        one.spines[["top", "right"]].set_visible(False)
-        one.set_axisbelow(True)
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    # Without the software's name and the date, equal figures are equal files.
-    metadata: dict[str, Any] = {"Software": None}
-    figure.savefig(buffer, format="png", dpi=120, metadata=metadata)
-    return buffer.getvalue()
+    plain(axes)
+    return png(drawn)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from lib import pages
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
+from lib.evaluation.rankings import INDEX
 from lib.evaluation.report import PREDICTIONS
 from lib.evaluation.text import table
 
@@ -46,6 +47,7 @@ def render(report: EvalReport) -> str:
             f"{HEADINGS[report.deciding]} above {name}: {value:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
             for name, (value, low, high) in report.differences.items()
         ),
+        _served(report),
         _earned(report),
         *(
             table(
@@ -59,6 +61,11 @@ def render(report: EvalReport) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _served(report: EvalReport) -> str:
+    """How the items of a large catalogue are found, which the figures do not depend on."""
+    return f"served through an {report.methods[INDEX]}" if INDEX in report.methods else ""
 
 
 def _earned(report: EvalReport) -> str:
@@ -78,8 +85,6 @@ def _ends(report: EvalReport, name: str) -> str:
 
 def write(measured: Measured, folder: Path) -> None:
     """Fill an empty directory."""
-    from jinja2 import Environment, StrictUndefined
-
     report = measured.report
     scores = {name: figures[report.deciding] for name, figures in systems(report).items()}
     png = plots.comparison_plot(
@@ -87,15 +92,15 @@ def write(measured: Measured, folder: Path) -> None:
     )
     (folder / "baselines.png").write_bytes(png)
     pq.write_table(measured.predictions, folder / PREDICTIONS)
-    # Titles are a user's: whatever they hold is shown, never run.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = pages.render(
+        TEMPLATE,
         report=report,
         systems=systems(report),
         headings={key: heading for key, heading in HEADINGS.items() if key in report.metrics},
         sliced=SLICED,
+        served=_served(report),
         earned=_earned(report),
-        figure=base64.b64encode(png).decode(),
+        figure=pages.embedded(png),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     report.write(folder)

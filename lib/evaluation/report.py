@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
 from lib.evaluation.text import HEADINGS, own_metrics, reports
+from lib.pages import embedded, render
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 PREDICTIONS = "predictions.parquet"
@@ -68,26 +68,20 @@ def figures(report: EvalReport) -> dict[str, bytes]:
 
 def page(report: EvalReport, drawn: dict[str, bytes]) -> str:
     """The report as one self-contained HTML page: figures embedded, nothing loaded from elsewhere."""
-    from jinja2 import Environment, StrictUndefined
-
-    # Texts and labels are a user's: whatever they hold is shown, never run.
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     parts = [
         {
             "report": one,
             "own_metrics": own_metrics(one),
             "classifiers": {MODEL: one.metrics, **one.baselines},
             "figures": {
-                file.removesuffix(".png"): base64.b64encode(png).decode()
+                file.removesuffix(".png"): embedded(png)
                 for file, png in drawn.items()
                 if _is_of(file, one.head if place else "")
             },
         }
         for place, one in enumerate(reports(report))
     ]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        report=report, parts=parts, headings=HEADINGS
-    )
+    return render(TEMPLATE, report=report, parts=parts, headings=HEADINGS)
 
 
 def _is_of(file: str, head: str) -> bool:

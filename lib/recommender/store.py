@@ -12,7 +12,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import BigInteger, Column, Engine, Index, String, Table, Text, select
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Engine,
+    Index,
+    Integer,
+    Select,
+    String,
+    Table,
+    Text,
+    bindparam,
+    select,
+)
 
 from lib import database
 from lib.opinions.tables import inserting
@@ -81,12 +93,22 @@ def add(application: str, interactions: Sequence[Interaction], engine: Engine | 
 
 def history(application: str, user: str, most: int, engine: Engine | None = None) -> list[Interaction]:
     """The latest `most` of a user, the earliest first."""
+    asked = {"application": application, "user": user, "most": most}
+    with (engine or database.engine()).connect() as db:
+        return [Interaction(*row) for row in reversed(db.execute(_LATEST, asked).all())]
+
+
+def _latest() -> Select[Any]:
     columns = INTERACTIONS.c
     query = select(columns.user, columns.item, columns.event, columns.time, columns.id)
-    query = query.where(columns.application == application, columns.user == user)
-    query = query.order_by(columns.time.desc(), columns.id.desc()).limit(most)
-    with (engine or database.engine()).connect() as db:
-        return [Interaction(*row) for row in reversed(db.execute(query).all())]
+    query = query.where(
+        columns.application == bindparam("application"), columns.user == bindparam("user", type_=String)
+    )
+    return query.order_by(columns.time.desc(), columns.id.desc()).limit(bindparam("most", type_=Integer))
+
+
+# Put together once: it is asked for each recommendation, and composing it costs as much as the answer.
+_LATEST = _latest()
 
 
 def since(application: str, begin: float, engine: Engine | None = None) -> Iterator[Interaction]:

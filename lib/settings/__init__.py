@@ -12,9 +12,13 @@ from lib.settings.cleaning import (
     CleanSettings,
     LengthSettings,
     NearSettings,
+    QuarantineSettings,
     RepetitionSettings,
+    SemanticSettings,
 )
-from lib.settings.data import DataSettings, HeadSettings, Labelled, Part
+from lib.settings.data import DataSettings, HeadSettings, Labelled, Part, SourceSettings
+from lib.settings.embedding import EmbedderSettings
+from lib.settings.endpoint import EndpointSettings
 from lib.settings.evaluation import (
     REFUSALS,
     AnswerSettings,
@@ -24,6 +28,7 @@ from lib.settings.evaluation import (
     PromotionSettings,
 )
 from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
+from lib.settings.labelling import ChatLabels, EmbeddingLabels, LabelSettings, NoiseSettings, RuleSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
@@ -66,11 +71,15 @@ __all__ = [
     "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "ChatLabels",
     "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
     "EditSettings",
+    "EmbedderSettings",
+    "EmbeddingLabels",
+    "EndpointSettings",
     "EvaluationSettings",
     "EventSettings",
     "GroundingSettings",
@@ -79,6 +88,7 @@ __all__ = [
     "ItemSettings",
     "JudgeSettings",
     "KnowledgeSettings",
+    "LabelSettings",
     "Labelled",
     "LengthSettings",
     "LogSettings",
@@ -86,6 +96,7 @@ __all__ = [
     "MonitoringSettings",
     "NameSettings",
     "NearSettings",
+    "NoiseSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -93,13 +104,17 @@ __all__ = [
     "PlantSettings",
     "PreferenceSettings",
     "PromotionSettings",
+    "QuarantineSettings",
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",
+    "RuleSettings",
     "ScoreSettings",
     "SearchSettings",
+    "SemanticSettings",
     "ServingSettings",
     "Settings",
+    "SourceSettings",
     "TableSettings",
     "TrainingSettings",
     "TuningSettings",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
+    Discriminator,
     Field,
+    Tag,
     field_validator,
     model_validator,
 )
 
 from lib.errors import nearest
 from lib.settings.augmentation import AugmentSettings
-from lib.settings.cleaning import CleanSettings, NearSettings
+from lib.settings.cleaning import CleanSettings, NearSettings, QuarantineSettings
+from lib.settings.labelling import NoiseSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Name, Positive, Section
@@ -45,6 +49,7 @@ RESERVED_COLUMNS = {
     "number",
     "position",
     "problem",
+    "bad",
     "worth",
     # Of rows that were made of others (lib/data/augment).
     "augmented_from",
@@ -108,6 +113,11 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
+# A password as it is in the URL of a database, and not by the name of an environment variable.
+_PASSWORD = re.compile(
+    r"(?:sqlite|postgresql)[^:/]*://[^/?#]*:(?!\$\{\w+\}@)[^/?#]*@|postgresql[^?]*\?.*password="
+)
+
 Labels = Annotated[dict[str, str] | list[str], BeforeValidator(_label_values)]
 ClassWeights = Literal["none", "balanced"] | dict[str, Annotated[float, Field(gt=0)]]
 
@@ -144,18 +154,66 @@ class HeadSettings(Labelled):
     """None: `training.class_weights`."""
 
 
+class SourceSettings(Section):
+    """One of several sources, with what is its own."""
+
+    uri: str
+    """As `data.source`."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """How often a pass over the training split has each of its rows: 0.3 takes 30% of them, 2 each twice, 1.5 half of
+    them twice. The other splits have each once."""
+    columns: dict[str, str] = {}
+    """Those of `data.columns`, heads and slices that are called otherwise here."""
+    labels: dict[str, str] | None = None
+    """Value in this source → one of the labels of all; None: as `data.labels` has it."""
+    format: Format | None = None
+    """None: `data.format`."""
+    query: str | None = None
+    """Where it is a database; None: `data.query`."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _values(cls, value: Any) -> Any:
+        return _label_values(value) if isinstance(value, dict) else value
+
+
+def _kind_of_source(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "list[source]"
+    return "dict[source]" if isinstance(value, (dict, SourceSettings)) else "str"
+
+
+# The member that is meant is told by its kind, so that a mistake in it is told alone.
+_OneSource = Annotated[
+    Annotated[str, Tag("str")] | Annotated[SourceSettings, Tag("dict[source]")],
+    Discriminator(_kind_of_source),
+]
+Sources = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[SourceSettings, Tag("dict[source]")]
+    | Annotated[list[_OneSource], Field(min_length=1), Tag("list[source]")],
+    Discriminator(_kind_of_source),
+]
+
+
 class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
-    source: str | Annotated[list[str], Field(min_length=1)] | None = None
-    """URI, glob or folder of CSV, JSON Lines, Parquet or CoNLL columns, or `sample://NAME`; several are read in order."""
-    validation_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    source: Sources | None = None
+    """URI, glob, folder or zip archive of CSV, JSON, Parquet, Arrow, CoNLL columns or plain text, or `sample://NAME`; several
+    are read in order, each a URI or a mapping of `uri`, `weight`, `columns`, `labels`, `format` and `query`."""
+    query: str | None = None
+    """Where `source` is a database, `sqlite:///shop.db` or `postgresql://user@host/name`: the SELECT whose rows are read."""
+    validation_source: Sources | None = None
     """Where the validation split is given; None takes a share of `source`."""
-    test_source: str | Annotated[list[str], Field(min_length=1)] | None = None
+    test_source: Sources | None = None
     """Where the test split is given; None takes a share of `source`."""
     format: Format = "auto"
-    """Of all files; auto goes by each file's ending."""
+    """Of all files; auto goes by each file's ending. Plain text has a row a line (`text`), a paragraph (`paragraphs`) or a
+    file (`documents`)."""
     columns: Columns = Columns()
+    templates: dict[str, str] = {}
+    """Column → what it is made of, before a task sees it: `{text: "{title}\\n{body}"}`. `{{` is a brace."""
     dialogue: Literal["auto", "messages", "sharegpt", "alpaca", "pair"] = "auto"
     """chat: the form of the source's dialogues (`lib.dialogues`); auto goes by its columns."""
     heads: dict[Name, HeadSettings] = {}
@@ -163,6 +221,8 @@ class DataSettings(Labelled):
     grounded: bool = False
     """chat: give each dialogue the passages that `serving.knowledge` finds for its last question, so that the model is
     trained on what it will see."""
+    quarantine: QuarantineSettings = QuarantineSettings()
+    """How many rows may be left out since they cannot be read, labelled or encoded."""
     redact: Annotated[RedactionSettings | None, BeforeValidator(switched)] = RedactionSettings()
     """Personal data is replaced before anything is hashed, split or written; false keeps it."""
     duplicates: Literal["drop", "keep"] = "drop"
@@ -172,6 +232,8 @@ class DataSettings(Labelled):
     """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
     validation, test) is left out. report: such rows are counted, and stay where they are."""
     clean: CleanSettings = CleanSettings()
+    label_noise: NoiseSettings = NoiseSettings()
+    """sentiment: which training rows are most likely labelled wrongly."""
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
@@ -194,6 +256,18 @@ class DataSettings(Labelled):
     temperature: Annotated[float, Field(ge=1)] = 1.0
     """multitask: T; a part of n training rows is drawn with a probability that goes by n^(1/T). 1 is its share,
     and the larger T, the more even."""
+
+    @field_validator("source", "validation_source", "test_source")
+    @classmethod
+    def _no_password(cls, value: Any) -> Any:
+        for source in value if isinstance(value, list) else [value]:
+            uri = source.uri if isinstance(source, SourceSettings) else source or ""
+            if _PASSWORD.match(uri):
+                raise ValueError(
+                    "a database's password does not belong into a configuration, which every run keeps; put it into the "
+                    "environment and write ${NAME} in its place"
+                )
+        return value
 
     @field_validator("slices")
     @classmethod
@@ -236,6 +310,10 @@ class DataSettings(Labelled):
     def _near(self) -> DataSettings:
         if self.near.duplicates == "drop" and self.duplicates == "keep":
             raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        if self.near.semantic is not None and self.near.duplicates == "keep" and not self.checks_leakage:
+            raise ValueError(
+                "near.semantic: nothing is compared; set near.duplicates: drop, or leakage: check with several splits"
+            )
         return self
 
     @model_validator(mode="after")
@@ -253,15 +331,39 @@ class DataSettings(Labelled):
                 raise ValueError(f"undersample: no label {label!r}{nearest(label, self.label_names)}")
         return self
 
+    @model_validator(mode="after")
+    def _own(self) -> DataSettings:
+        known = [*Columns.model_fields, *self.heads, *self.slices]
+        for split, entries in self.sources.items():
+            for place, entry in enumerate(entries):
+                where = f"{split}_source.{place}" if split else f"source.{place}"
+                for name in entry.columns:
+                    if name not in known:
+                        raise ValueError(f"{where}.columns: no column {name!r}{nearest(name, known)}")
+                for label in (entry.labels or {}).values():
+                    if label not in self.label_names:
+                        raise ValueError(
+                            f"{where}.labels: no label {label!r}{nearest(label, self.label_names)}"
+                        )
+                if split and entry.weight != 1:
+                    raise ValueError(f"{where}.weight: it counts in training alone; leave it out")
+        return self
+
     @property
-    def sources(self) -> dict[str | None, list[str]]:
+    def sources(self) -> dict[str | None, list[SourceSettings]]:
         """Split that is given → its sources; under None, the source that is divided among the other splits."""
         given = {None: self.source, "validation": self.validation_source, "test": self.test_source}
         return {
-            split: [source] if isinstance(source, str) else list(source)
+            split: [self._entry(one, split) for one in (source if isinstance(source, list) else [source])]
             for split, source in given.items()
             if source is not None
         }
+
+    def _entry(self, source: str | SourceSettings, split: str | None) -> SourceSettings:
+        """With what holds for all where it says nothing."""
+        entry = SourceSettings(uri=source) if isinstance(source, str) else source
+        query = entry.query if split else entry.query or self.query
+        return entry.model_copy(update={"format": entry.format or self.format, "query": query})
 
     @property
     def shares(self) -> dict[str, float]:

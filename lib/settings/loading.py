@@ -102,14 +102,21 @@ def _describe_one(finding: Any) -> str:
 def _known_keys(path: list[str]) -> list[str]:
     section: type[BaseModel] = Settings
     for part in path:
+        if part.isdigit():  # in a list of sections
+            continue
         field = section.model_fields.get(part)
-        # `AdapterSettings | None` is a section too.
-        kinds = (field.annotation, *get_args(field.annotation)) if field else ()
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        inner = _sections(field.annotation) if field else []
         if not inner:
             return []
         section = inner[0]
     return list(section.model_fields)
+
+
+def _sections(kind: Any) -> list[type[BaseModel]]:
+    """Those inside a type: `AdapterSettings | None` is one too, and so is what a list of them holds."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return [kind]
+    return [section for inner in get_args(kind) for section in _sections(inner)]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

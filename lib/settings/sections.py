@@ -14,8 +14,21 @@ from pydantic import (
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-# Of the files of a source; auto goes by each file's ending.
-Format = Literal["auto", "csv", "tsv", "jsonl", "parquet", "conll", "chatterbot"]
+# Of the files of a source; auto goes by each file's ending. Plain text has a row a line, paragraph or file.
+Format = Literal[
+    "auto",
+    "csv",
+    "tsv",
+    "json",
+    "jsonl",
+    "parquet",
+    "arrow",
+    "conll",
+    "text",
+    "paragraphs",
+    "documents",
+    "chatterbot",
+]
 
 Item = TypeVar("Item")
 # One value or a list of them, as a list: `--plan.workers 8` and `--plan.workers "[4, 8]"`.

@@ -69,6 +69,7 @@ def test_files_are_its_own_but_for_those_that_are_shared(network: Network, tmp_p
 
 def test_names_are_known_to_all_and_may_move(network: Network) -> None:
     one, other = started(network.machine("one")), started(network.machine("other"))
+    assert [said(m, "getent", "hosts", "one").split()[0] for m in (one, other)] == [one.address] * 2
     for machine in (one, other):
         network.call({"head.svc": machine.address})
         assert said(one, "getent", "hosts", "head.svc").split()[0] == machine.address

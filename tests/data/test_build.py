@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import lzma
 import random
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import SPLITS
-from lib.data import near_passes, passes
+from lib.data import near_passes, passes, shuffles, stream
 from lib.data.build import build
 from lib.data.plan import Plan, plan
 from lib.errors import DataError
@@ -146,6 +148,31 @@ def test_undersampling_leaves_out_training_rows_of_its_label_alone(tiny_base: Pa
     )
 
 
+def test_rows_of_archives_saved_datasets_and_arrays_are_one_dataset(tiny_base: Path, tmp_path: Path) -> None:
+    table = pa.table({"text": [sentence(i) for i in range(90)], "label": [1 + i % 2 for i in range(90)]})
+    parts = [table.slice(start, 30).combine_chunks() for start in (0, 30, 60)]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, archive.open("in/a.parquet", "w") as file:
+        pq.write_table(parts[0], file)
+    (tmp_path / "saved").mkdir()
+    with pa.ipc.new_stream(tmp_path / "saved" / "data-00000-of-00001.arrow", table.schema) as writer:
+        writer.write_table(parts[1])
+    (tmp_path / "saved" / "state.json").write_text(
+        '{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}'
+    )
+    (tmp_path / "saved" / "dataset_info.json").write_text("{}")
+    (tmp_path / "c.json.xz").write_bytes(lzma.compress(json.dumps(parts[2].to_pylist()).encode()))
+    places = [f"{tmp_path}/{name}" for name in ("a.zip", "saved", "c.json.xz")]
+    planned = plan(settings(tiny_base, places))
+    manifest = build(planned)
+    assert [source["uri"] for source in manifest["sources"]] == [
+        f"zip://in/a.parquet::{tmp_path}/a.zip",
+        f"{tmp_path}/saved/data-00000-of-00001.arrow",
+        f"{tmp_path}/c.json.xz",
+    ]
+    texts = pa.concat_tables(read(planned.ref.uri).values())["text"].to_pylist()
+    assert sorted(texts) == sorted(table["text"].to_pylist())
+
+
 def contents(uri: str) -> dict[str, bytes]:
     folder = Path(uri.removeprefix("file://"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*.parquet"))}
@@ -160,8 +187,9 @@ def test_the_same_input_gives_the_same_bytes(
     assert len(first) > 6
     # With other machines: other concurrency, and Ray Data merging blocks where it can.
     files.remove(planned.ref.uri)
-    monkeypatch.setattr(passes, "parallel_tasks", lambda: 1)
-    monkeypatch.setattr(passes, "RAY_BLOCK_BYTES", 128 << 20)
+    for module in (passes, stream):
+        monkeypatch.setattr(module, "parallel_tasks", lambda: 1)
+    monkeypatch.setattr(stream, "RAY_BLOCK_BYTES", 128 << 20)
     build(plan(settings(tiny_base, str(source))))
     assert contents(planned.ref.uri) == first
 
@@ -262,9 +290,10 @@ def test_near_duplicates_lie_in_one_split_and_are_counted(
     # With other machines, smaller partitions, and clusters that no task could join alone.
     first = contents(checked.ref.uri)
     files.remove(checked.ref.uri)
-    monkeypatch.setattr(near_passes, "PARTITION_BYTES", 2000)
+    monkeypatch.setattr(shuffles, "PARTITION_BYTES", 2000)
     monkeypatch.setattr(near_passes.clusters, "LOCAL_LINKS", 0)
-    monkeypatch.setattr(passes, "parallel_tasks", lambda: 1)
+    for module in (passes, stream):
+        monkeypatch.setattr(module, "parallel_tasks", lambda: 1)
     build(plan(settings(tiny_base, source, split=split)))
     assert contents(checked.ref.uri) == first
 
@@ -408,7 +437,7 @@ def test_limit_and_seed_and_shares(tiny_base: Path, source: Path) -> None:
     manifest = build(planned)
     assert manifest["rows_read"] == 120
     assert manifest["splits"]["test"] == {
-        "rows": 0, "tokens": 0, "truncated": 0, "labels": {"bad": 0, "good": 0}, "shards": []
+        "rows": 0, "tokens": 0, "truncated": 0, "labels": {"bad": 0, "good": 0}, "shards": [], "lengths": {}
     }  # fmt: skip
     assert 40 < manifest["splits"]["train"]["rows"] < 75
     assert planned.ref.shards("test") == []

@@ -112,7 +112,7 @@ def test_mistakes_in_the_rows(config: Path, tmp_path: Path, capsys: pytest.Captu
     source.write_text("text,label\nfits,1\ngood,2\n")
     assert "split would be empty: 2 rows are too few for a share of 0." in fail(config, capsys)
     source.write_bytes("text,label\nGröße,1\n".encode("latin-1"))
-    assert f"{source} line 2, byte 3 (0xf6) is not valid UTF-8; convert" in fail(config, capsys)
+    assert f"{source} row 1, character 3 of 'text' (0xf6) is not valid UTF-8; convert" in fail(config, capsys)
     source.write_text(GOOD + "one,too,many\n")
     assert f"{source} row 121 has 3 columns where the header has 2 ('one,too,many')" in fail(config, capsys)
 

@@ -35,7 +35,7 @@ def engine() -> Engine:
 
 
 @pytest.fixture
-def batcher(engine: Engine) -> Iterator[LengthBatcher]:
+def batcher(engine: Engine) -> Iterator[LengthBatcher[np.ndarray, np.ndarray]]:
     made = LengthBatcher(engine, tokens_per_batch=64, padding_per_batch=16)
     yield made
     engine.free.set()
@@ -54,12 +54,14 @@ async def until(condition: Callable[[], object]) -> None:
     raise AssertionError("it did not come to pass in 5 s")
 
 
-def test_results_come_in_the_order_of_the_rows(batcher: LengthBatcher) -> None:
+def test_results_come_in_the_order_of_the_rows(batcher: LengthBatcher[np.ndarray, np.ndarray]) -> None:
     found = asyncio.run(batcher.results(rows(5, 60, 1, 17)))
     assert [int(f[0]) for f in found] == [5, 60, 1, 17]
 
 
-def test_an_idle_engine_computes_at_once(batcher: LengthBatcher, engine: Engine) -> None:
+def test_an_idle_engine_computes_at_once(
+    batcher: LengthBatcher[np.ndarray, np.ndarray], engine: Engine
+) -> None:
     start = time.perf_counter()
     for _ in range(20):
         asyncio.run(batcher.results(rows(4)))
@@ -68,7 +70,7 @@ def test_an_idle_engine_computes_at_once(batcher: LengthBatcher, engine: Engine)
 
 
 def test_rows_that_gather_while_it_is_busy_are_computed_by_length(
-    batcher: LengthBatcher, engine: Engine
+    batcher: LengthBatcher[np.ndarray, np.ndarray], engine: Engine
 ) -> None:
     async def scene() -> list[np.ndarray]:
         engine.free.clear()
@@ -85,12 +87,14 @@ def test_rows_that_gather_while_it_is_busy_are_computed_by_length(
     assert [int(f[0]) for f in found] == [8, 30, 1, 29, 2]
 
 
-def test_a_row_above_the_budget_is_computed_alone(batcher: LengthBatcher, engine: Engine) -> None:
+def test_a_row_above_the_budget_is_computed_alone(
+    batcher: LengthBatcher[np.ndarray, np.ndarray], engine: Engine
+) -> None:
     asyncio.run(batcher.results(rows(500)))
     assert engine.batches == [[500]]
 
 
-def test_a_failed_batch_fails_its_own_requests_only(batcher: LengthBatcher) -> None:
+def test_a_failed_batch_fails_its_own_requests_only(batcher: LengthBatcher[np.ndarray, np.ndarray]) -> None:
     async def scene() -> None:
         with pytest.raises(ValueError, match="unlucky"):
             await batcher.results(rows(13))
@@ -99,7 +103,9 @@ def test_a_failed_batch_fails_its_own_requests_only(batcher: LengthBatcher) -> N
     asyncio.run(scene())
 
 
-def test_a_client_that_goes_away_leaves_the_queue(batcher: LengthBatcher, engine: Engine) -> None:
+def test_a_client_that_goes_away_leaves_the_queue(
+    batcher: LengthBatcher[np.ndarray, np.ndarray], engine: Engine
+) -> None:
     async def scene() -> None:
         engine.free.clear()
         first = asyncio.create_task(batcher.results(rows(8)))
@@ -131,7 +137,9 @@ def test_closing_answers_what_is_queued(engine: Engine) -> None:
     assert asyncio.run(scene()) == 68
 
 
-def test_many_clients_at_once_lose_nothing(batcher: LengthBatcher, engine: Engine) -> None:
+def test_many_clients_at_once_lose_nothing(
+    batcher: LengthBatcher[np.ndarray, np.ndarray], engine: Engine
+) -> None:
     async def client(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(20):

@@ -17,10 +17,13 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
 import phonenumbers
+import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import SecretBytes
 
 from lib.data.redact import forms, numbers
@@ -137,12 +140,18 @@ class Redaction:
 
     def value(self, value: object) -> object:
         """A JSON value with all its strings redacted; keys stay."""
+        texts = list(dict.fromkeys(_strings(value)))
+        # One look at all of them, and none that holds nothing is asked further; what a model finds has no form.
+        worth = None if self.rules.names else set(compress(texts, may_hold(texts)))
+        return self._value(value, worth)
+
+    def _value(self, value: object, worth: set[str] | None) -> object:
         if isinstance(value, str):
-            return self.text(value)
+            return self.text(value) if worth is None or value in worth else value
         if isinstance(value, list):
-            return [self.value(item) for item in value]
+            return [self._value(item, worth) for item in value]
         if isinstance(value, dict):
-            return {key: self.value(item) for key, item in value.items()}
+            return {key: self._value(item, worth) for key, item in value.items()}
         return value
 
     def placeholder(self, kind: str, value: str) -> str:
@@ -154,6 +163,22 @@ class Redaction:
                 name = _digest(self.rules.key, f"{kind}\0{value}".encode())
             self._known[known] = f"<{kind}_{name}>"
         return self._known[known]
+
+
+def may_hold(texts: Sequence[str]) -> list[bool]:
+    """Which of the texts may hold something that has a form."""
+    column = pa.array(texts, pa.string())
+    found: list[bool] = pc.fill_null(pc.match_substring_regex(column, WORTH), False).to_pylist()
+    return found
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Those of a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value if isinstance(value, list) else value.values():
+            yield from _strings(inner)
 
 
 Finder = Callable[[str, Rules], Iterator[Span]]
