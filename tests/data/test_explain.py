@@ -82,6 +82,20 @@ def test_what_is_made_for_training_is_told(tiny_base: Path, source: Path) -> Non
 
 
 @pytest.mark.usefixtures("storage")
+def test_how_a_source_is_read_is_told(tiny_base: Path, source: Path) -> None:
+    given = settings(
+        tiny_base,
+        [{"uri": str(source), "weight": 0.5}],
+        templates={"text": "{text} ({label})"},
+        quarantine={"share": 0.01},
+    )
+    lines = explain(plan(given))
+    assert any("'text' is made of '{text} ({label})'" in line for line in lines)
+    assert any(f"{source}, JSON Lines" in line and "in training 0.5 times" in line for line in lines)
+    assert told(given)["quarantine"].startswith("at most 1.00% of the rows")
+
+
+@pytest.mark.usefixtures("storage")
 def test_a_long_list_of_files_is_summed_up(tiny_base: Path, tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / f"{i}.jsonl").write_text('{"text": "fits", "label": 1}\n')
