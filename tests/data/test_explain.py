@@ -91,7 +91,7 @@ def test_how_a_source_is_read_is_told(tiny_base: Path, source: Path) -> None:
     )
     lines = explain(plan(given))
     assert any("'text' is made of '{text} ({label})'" in line for line in lines)
-    assert any(f"{source}, JSON Lines" in line and "in training 0.5 times" in line for line in lines)
+    assert any(f"{source}, jsonl" in line and "in training 0.5 times" in line for line in lines)
     assert told(given)["quarantine"].startswith("at most 1.00% of the rows")
 
 
@@ -104,7 +104,7 @@ def test_a_long_list_of_files_is_summed_up(tiny_base: Path, tmp_path: Path) -> N
     assert any("and 3 more files" in line for line in lines)
 
 
-@pytest.mark.parametrize("config", ["reviews", "movies", "support_preference"])
+@pytest.mark.parametrize("config", ["reviews", "movies"])
 def test_it_is_told_of_configurations_that_ship(config: str, storage: Path) -> None:
     given = load_settings(f"jobs/configs/{config}.yaml")
     lines = explain(plan(given))
