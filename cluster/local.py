@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import functools
-import hashlib
 import json
 import os
 import shutil
@@ -28,31 +26,23 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from cluster import ingress, machines, node
+from cluster import ingress, machines, node, nodes
 from lib import storage, tracking
 from lib.command import ALONE, MIN_LOGICAL_CPUS, STATE, running_cluster
 from lib.errors import ResourceError, WhorlError
 
-HOST = "127.0.0.1"
+HOST = nodes.HOST
 LOG = STATE.with_name("cluster.log")
 START_SECONDS = 120
 STOP_SECONDS = 5
 PR_SET_CHILD_SUBREAPER = 36
-
-
-def temporary_folder() -> Path:
-    """Ray's folder of this checkout. Short, since the paths of its sockets must stay under 107 characters."""
-    name = hashlib.sha256(str(storage.PROJECT).encode()).hexdigest()[:8]
-    return Path(tempfile.gettempdir()) / f"whorl-{os.getuid()}-{name}"
 
 
 def environment() -> dict[str, str]:
@@ -77,7 +67,7 @@ def up(arguments: argparse.Namespace) -> None:
     STATE.parent.mkdir(parents=True, exist_ok=True)
     STATE.unlink(missing_ok=True)
     subprocess.run(
-        [_script("ray"), "get-auth-token", "--generate"],
+        [nodes.script("ray"), "get-auth-token", "--generate"],
         env={**os.environ, **environment()},
         check=True,
         stdout=subprocess.DEVNULL,
@@ -117,8 +107,8 @@ def supervise(arguments: argparse.Namespace) -> None:
     stop: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda received, _: stop.append(received))
-    folder = temporary_folder()
-    network = _network(folder) if arguments.nodes > 1 and machines.available() else None
+    folder = nodes.temporary_folder()
+    network = nodes.network_of(folder) if arguments.nodes > 1 and machines.available() else None
     try:
         _run(arguments, folder, network, stop)
     finally:
@@ -135,7 +125,7 @@ def _run(
     """Until there is something in `stop`, or the head dies."""
     agent, host = ingress.free_port(), network.address if network else HOST
     head = subprocess.Popen(
-        _head_command(arguments, folder, agent, host), env={**os.environ, **ingress.ports()}
+        nodes.head_command(arguments, folder, agent, host), env={**os.environ, **ingress.ports()}
     )
     subprocess.Popen(page_command(arguments.ui_port))
     awaited = {(host, arguments.port), (HOST, arguments.dashboard_port), (HOST, agent)}
@@ -143,12 +133,12 @@ def _run(
     while not stop and head.poll() is None and not all(_answers(port, at) for at, port in awaited):
         time.sleep(0.3)
     if not stop and head.poll() is None:
-        nodes = [_start_node(arguments, folder, network, number) for number in range(1, arguments.nodes)]
-        while not stop and head.poll() is None and _alive(arguments.dashboard_port) < arguments.nodes:
+        others = [nodes.start(arguments, folder, network, number) for number in range(1, arguments.nodes)]
+        while not stop and head.poll() is None and nodes.alive(arguments.dashboard_port) < arguments.nodes:
             if any(not machine.is_on for machine in network.machines.values()) if network else False:
                 raise ResourceError(f"a node did not start; {folder}/machines/*/ray.log says why")
             time.sleep(0.3)
-        _write_state(arguments, host, [host, *nodes])
+        _write_state(arguments, host, [host, *others])
     own = {child.pid for child in psutil.Process().children()}
     while not stop and head.poll() is None:
         time.sleep(0.3)
@@ -158,98 +148,10 @@ def _run(
                 os.waitpid(child.pid, os.WNOHANG)
 
 
-@functools.cache
-def _token() -> str:
-    asked = subprocess.run([_script("ray"), "get-auth-token"], capture_output=True, text=True, check=True)
-    return asked.stdout.strip()
-
-
-def _alive(dashboard_port: int) -> int:
-    """How many nodes the cluster has; 0 when it does not say so now."""
-    url = f"http://{HOST}:{dashboard_port}/nodes?view=summary"
-    headers = {"Authorization": f"Bearer {_token()}"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
-            nodes = json.load(answer)["data"]["summary"]
-    except (OSError, ValueError, KeyError):
-        return 0
-    return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
-
-
-def _network(folder: Path) -> machines.Network:
-    """For this checkout's nodes, on which the code and what it keeps are the same."""
-    kept = [Path(sys.prefix), storage.PROJECT]
-    fs, inside = storage.filesystem(storage.root())
-    if storage.is_local(fs):
-        kept.append(Path(inside))
-    if tracking.database_url().startswith("sqlite:///"):
-        kept.append(Path(tracking.database_url().removeprefix("sqlite:///")).parent)
-    for path in kept:
-        path.mkdir(parents=True, exist_ok=True)
-    return machines.Network(_network_name(), folder / "machines", kept)
-
-
-def _network_name() -> str:
-    return f"w{temporary_folder().name[-7:]}"
-
-
-def _start_node(
-    arguments: argparse.Namespace, folder: Path, network: machines.Network | None, number: int
-) -> str:
-    """Its address."""
-    address = f"{network.address if network else HOST}:{arguments.port}"
-    if network is None:
-        words = ["--port", str(arguments.port), "--cpus", str(arguments.cpus)]
-        subprocess.Popen([sys.executable, "-m", "cluster.local", "join", *words])
-        return HOST
-    machine = network.machine(f"node-{number}")
-    with (machine.folder / "ray.log").open("wb") as log:
-        machine.start(_node_command(address, machine.address, arguments.cpus, folder), os.environ, log)
-    return machine.address
-
-
-def join(arguments: argparse.Namespace) -> None:
-    """One more node of this machine's cluster at the head's own address, until a signal ends it. Not by `ray start`, which
-    takes the loopback interface's address for another, but as `ray.cluster_utils` does."""
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
-    parameters = RayParams(
-        gcs_address=f"{HOST}:{arguments.port}",
-        node_ip_address=HOST,
-        num_cpus=arguments.cpus,
-        node_manager_port=0,
-        min_worker_port=0,
-        max_worker_port=0,
-        include_log_monitor=False,  # the head's reads the logs of this machine
-    )
-    Node(parameters, head=False, shutdown_at_exit=True)
-    signal.pause()
-
-
-def _head_command(arguments: argparse.Namespace, folder: Path, agent: int, host: str) -> list[str]:
-    return [
-        _script("ray"), "start", "--head", "--block", "--disable-usage-stats",
-        f"--node-ip-address={host}", f"--port={arguments.port}", f"--num-cpus={arguments.cpus}",
-        "--include-dashboard=true", f"--dashboard-host={HOST}", f"--dashboard-port={arguments.dashboard_port}",
-        # Its default is one fixed port, which a second Ray on this machine would hold.
-        f"--dashboard-agent-listen-port={agent}", f"--temp-dir={folder}",
-        f"--metrics-export-port={arguments.metrics_port}",
-    ]  # fmt: skip
-
-
-def _node_command(head: str, address: str, cpus: int, folder: Path) -> list[str]:
-    return [
-        _script("ray"), "start", "--block", "--disable-usage-stats", f"--address={head}",
-        f"--node-ip-address={address}", f"--num-cpus={cpus}", f"--temp-dir={folder}",
-        f"--dashboard-agent-listen-port={ingress.free_port()}",
-    ]  # fmt: skip
-
-
 def page_command(port: int) -> list[str]:
     """The MLflow page over the runs' database and files."""
     return [
-        _script("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1",
+        nodes.script("mlflow"), "server", "--host", HOST, "--port", str(port), "--workers", "1",
         "--backend-store-uri", tracking.database_url(),
         "--default-artifact-root", storage.join(storage.root(), "mlflow"),
     ]  # fmt: skip
@@ -306,9 +208,9 @@ def end_leftovers() -> int:
         if alive:
             raise ResourceError(f"processes {[p.pid for p in alive]} of the last cluster do not end")
         if len(state.get("nodes", ())) > 1 and machines.available():
-            machines.remove(_network_name())
+            machines.remove(nodes.network_name())
         STATE.unlink(missing_ok=True)
-        shutil.rmtree(temporary_folder(), ignore_errors=True)
+        shutil.rmtree(nodes.temporary_folder(), ignore_errors=True)
         return len(found)
     return 0
 
@@ -410,10 +312,6 @@ def _answers(port: int, host: str = HOST) -> bool:
         return probe.connect_ex((host, port)) == 0
 
 
-def _script(name: str) -> str:
-    return str(Path(sys.executable).parent / name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.local",
@@ -433,7 +331,7 @@ def main() -> None:
     commands = {
         "up": lambda: up(arguments),
         "supervise": lambda: supervise(arguments),
-        "join": lambda: join(arguments),
+        "join": lambda: nodes.join(arguments),
         "ui": lambda: ui(arguments.ui_port),
         "down": down,
         "status": status,

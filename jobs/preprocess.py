@@ -15,6 +15,7 @@ from typing import Any
 from lib import storage
 from lib.artifacts import SPLITS
 from lib.command import connect, main
+from lib.data import noise
 from lib.data.explain import explain
 from lib.data.plan import Plan, plan
 from lib.data.quarantine import FILE as QUARANTINE
@@ -57,7 +58,7 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
     if (left_out := manifest.get("quarantine")) and left_out["reasons"]:
         reasons = ", ".join(f"{n:,} {REASONS[reason]}" for reason, n in left_out["reasons"].items())
         print(f"quarantine   {reasons}; see {storage.display(storage.join(planned.ref.uri, QUARANTINE))}")
-    for line in _cleaned(manifest):
+    for line in [*_cleaned(manifest), *_split(manifest)]:
         print(line)
     width = max([10, *(len(label) for label in labels)])
     print(
@@ -70,16 +71,42 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         by_label = "".join(f"{count['labels'][label]:>{width},} " for label in labels)
         mean = count["tokens"] / max(count["rows"], 1)
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
-    for line in _by_source(manifest):
+    for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
         print(line)
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
+    if "augmented" in manifest:
+        made = dict(manifest["augmented"])
+        none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}
+        rows = ", ".join(f"{n:,} by {method}" for method, n in made.items()) or "no new rows"
+        print(f"augmented    {rows}" + "".join(f"; {n:,} {why}" for why, n in none.items() if n))
     if "knowledge" in manifest:
         print(f"grounded in  {manifest['knowledge']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(f"to look at   {storage.display(storage.join(planned.ref.uri, REPORT))}")
     print(f"next         python -m jobs.finetune {' '.join(sys.argv[1:])}")
+
+
+def _wrong_labels(manifest: dict[str, Any], folder: str) -> list[str]:
+    """What the label noise report came to, and its first rows."""
+    lines = []
+    for name, found in manifest.get("label_noise", {}).items():
+        share = "-" if found["share"] is None else f"{found['share']:.1%}"
+        lines.append(
+            f"label noise  {name}: of {found['rows']:,} training rows an estimated {share} have a wrong label or one that the "
+            f"text does not tell; {found['suspects']:,} suspects, {len(found['listed']):,} in the manifest"
+        )
+        lines += [
+            f"  {s['row']}: {s['given']} {s['probability']:.2f}, rather {s['suggested']} "
+            f"{s['suggested_probability']:.2f}: {s['text'][:60]!r}"
+            for s in found["listed"][:3]
+        ]
+    if lines and manifest["settings"]["label_noise"]["tasks"]:
+        lines.append(
+            f"  for people: {folder}/{noise.FOLDER}, tasks and labelling configuration of Label Studio"
+        )
+    return lines
 
 
 def _by_source(manifest: dict[str, Any]) -> list[str]:
@@ -114,9 +141,19 @@ def _cleaned(manifest: dict[str, Any]) -> list[str]:
         done = ("went", "were left out") if leakage["mode"] == "check" else ("would go", "would be left out")
         lines.append(
             f"leakage      {leakage['moved']:,} rows {done[0]} where their near duplicates are; "
-            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a given split"
+            f"{leakage['leaking']:,} {done[1]}, since they say the same as a row of a split behind their own"
         )
     return lines
+
+
+def _split(manifest: dict[str, Any]) -> list[str]:
+    """What rows were split by, where it was not by chance; a recommender's dataset does not say."""
+    split = manifest.get("split", {"by": "random"})
+    if split["by"] == "random":
+        return []
+    begins = [f"{n} from {split[f'{n}_from']}" for n in SPLITS if f"{n}_from" in split]
+    told = ", ".join([f"{split['by']} ({split['column']})" if "column" in split else split["by"], *begins])
+    return [f"split by     {told}"]
 
 
 if __name__ == "__main__":

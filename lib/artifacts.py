@@ -9,6 +9,7 @@
     indexes/NAME/FINGERPRINT/    IndexRef     a knowledge base: manifest.json and a Lance table; never changes
     indexes/NAME/current.json                 which version of it is read
     curated/NAME/                             what users said, as a source; latest.json has how the last one is read
+    labelled/NAME/FINGERPRINT/                a source that was labelled: rows/*.parquet, report.json, tasks for Label Studio
 
 A model directory holds config.json, model.safetensors, the tokenizer's files and task.json; a registered one also
 adapter/, where the run has left one.
@@ -34,6 +35,11 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".msgpa
 def curated(name: str, *parts: str) -> str:
     """Where what users said of an application lies, as a source to train on."""
     return storage.join(storage.root(), "curated", name, *parts)
+
+
+def labelled(name: str, fingerprint: str) -> str:
+    """Where a source that jobs.label has labelled lies."""
+    return storage.join(storage.root(), "labelled", name, fingerprint)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from lib.errors import ModelError, RequestError
 from lib.settings import ServingSettings
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
@@ -92,8 +93,10 @@ class Generator:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> list[Answer]:
-        """The next turn of each dialogue, in their order; at temperature 0 the likeliest token each time.
+        """The next turn of each dialogue, in their order; at temperature 0 the likeliest token each time. Of `seeds` each
+        dialogue has one of its own, so that its tokens do not depend on which others it is computed with.
 
         Raises RequestError for a dialogue that leaves no room for an answer in the model's context.
         """
@@ -113,12 +116,19 @@ class Generator:
                 longest = max_tokens + len(prompts[order[size - 1]])
             chosen, order = order[:size], order[size:]
             room = min(max_tokens, self.context - (longest - max_tokens))
-            batch = self._generate([prompts[i] for i in chosen], room, temperature, top_p, seed)
+            own = None if seeds is None else [seeds[i] for i in chosen]
+            batch = self._generate([prompts[i] for i in chosen], room, temperature, top_p, seed, own)
             found |= dict(zip(chosen, batch, strict=True))
         return [found[i] for i in range(len(prompts))]
 
     def _generate(
-        self, prompts: list[list[int]], max_tokens: int, temperature: float, top_p: float, seed: int | None
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int | None,
+        seeds: Sequence[int] | None,
     ) -> list[Answer]:
         import torch
 
@@ -131,7 +141,9 @@ class Generator:
         mask = np.arange(longest) >= longest - np.array([[len(p)] for p in prompts])
         device = next(self.model.parameters()).device
         options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
+        if temperature > 0 and seeds is not None:
+            options["logits_processor"] = [_Drawn(seeds, temperature, top_p)]
+        elif temperature > 0:
             options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         with torch.random.fork_rng(enabled=seed is not None), torch.inference_mode():
             if seed is not None:
@@ -158,6 +170,31 @@ class Generator:
         text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
         said = len(tokens) if end is None else end + 1
         return Answer(text, prompt_tokens, said, end is not None)
+
+
+class _Drawn:
+    """Logits that are the largest where chance falls, row by row: the largest of logits plus Gumbel noise is a draw from their
+    softmax (Gumbel 1954). One of `transformers`' logits processors."""
+
+    def __init__(self, seeds: Sequence[int], temperature: float, top_p: float) -> None:
+        import torch
+
+        self.temperature, self.top_p = temperature, top_p
+        self.chances = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores float [B, V]."""
+        import torch
+
+        logits = scores.float() / self.temperature
+        if self.top_p < 1:
+            ordered, places = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            logits = torch.empty_like(logits).scatter_(1, places, ordered)
+        drawn = torch.stack([torch.rand(logits.shape[1], generator=chance) for chance in self.chances])
+        noise = -torch.log(-torch.log(drawn.clamp(1e-20, 1 - 1e-7)))
+        return logits + noise.to(logits.device)
 
 
 def load_generator(folder: Path, serving: ServingSettings) -> Generator:

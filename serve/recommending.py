@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ import pyarrow as pa
 from sqlalchemy.exc import SQLAlchemyError
 
 from lib.errors import RequestError, StorageError
-from lib.recommender import forms, store
+from lib.recommender import forms, index, store
 from lib.recommender.forms import Found, Named, Reason, Recommended, Similar
 from lib.recommender.items import JOINT, Scale
 from lib.recommender.predictor import History, Predictor
 from lib.recommender.shelf import Filters, Item, Shelf
 from lib.recommender.store import Interaction
-from lib.settings import ServingSettings
+from lib.settings import OfferSettings, ServingSettings
 from lib.tasks import recommend as task
 from serve import metrics
 from serve.batching import LengthBatcher
@@ -42,8 +42,10 @@ class Known:
     """In rows of the shelf."""
     vector: np.ndarray
     """float32 [W]."""
-    scores: np.ndarray
-    """float32 [N]: of the shelf's items, as it was then."""
+    count: int
+    """N: how many items the shelf had then."""
+    scores: np.ndarray | None
+    """float32 [N] of them; None where an index finds the best without all of them."""
     unknown: list[str]
 
 
@@ -55,7 +57,10 @@ class Model:
         self.name = "torch fp32"
         self.rules, self._application = serving.recommend, application
         self.shape = self.predictor.shape
-        self.shelf = Shelf(_items(self.predictor.rows), self.predictor.vectors, self.predictor.bias)
+        vectors, bias = self.predictor.vectors, self.predictor.bias
+        self.shelf = Shelf(
+            _items(self.predictor.rows), vectors, bias, usable_index(folder, self.predictor, self.rules)
+        )
         blocked = [self.shelf.row[item] for item in self.rules.block if item in self.shelf.row]
         self.blocked = frozenset(blocked)
         self._computing = threading.Lock()
@@ -137,11 +142,19 @@ class Model:
             available=form.available,
         )
 
-    def _users(self, waiting: Sequence[Waiting]) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-        """Vector and scores of each user: the catalogue is read once for all of them."""
+    def _users(self, waiting: Sequence[Waiting]) -> list[tuple[np.ndarray, int, np.ndarray | None]]:
+        """Of each user the vector, and the shelf's size and scores then: where there is no index the catalogue is read once for
+        all of them."""
         with self._computing:
             vectors = self.predictor.users([one.history for one in waiting], self.shelf.vectors)
-        return zip(vectors, self.shelf.scores(vectors), strict=True)
+        return self._scored(vectors)
+
+    def _scored(self, users: np.ndarray) -> list[tuple[np.ndarray, int, np.ndarray | None]]:
+        if self.shelf.index is not None:
+            count = len(self.shelf)
+            return [(user, count, None) for user in users]
+        scores = self.shelf.scores(users)
+        return [(user, scores.shape[1], own) for user, own in zip(users, scores, strict=True)]
 
     async def known(self, who: forms.Who, interactions: list[Interaction]) -> Known:
         """Of a user's interactions, the earliest first."""
@@ -167,11 +180,11 @@ class Model:
             found = await asyncio.to_thread(self._of_nobody, history)
         return Known(history, *found, list(dict.fromkeys(unknown)))
 
-    def _of_nobody(self, history: History) -> tuple[np.ndarray, np.ndarray]:
+    def _of_nobody(self, history: History) -> tuple[np.ndarray, int, np.ndarray | None]:
         """Of a user who has done nothing: what is known besides. Then popularity, which the biases hold, decides."""
         with self._computing:
             vector = self.predictor.nobody(history)
-        return vector, self.shelf.scores(vector[None])[0]
+        return self._scored(vector[None])[0]
 
     def _about(self, context: dict[str, str | float]) -> tuple[np.ndarray, np.ndarray]:
         """Categories and numbers of a user. Raises RequestError for what the model does not know."""
@@ -215,11 +228,14 @@ class Model:
 
     def pick(self, body: forms.Request, known: Known) -> list[Recommended]:
         """The answer, in a thread."""
-        allowed = self._allowed(body, known, len(known.scores))
-        pool = self.shelf.pool(known.scores, allowed, max(self.rules.pool, body.k))
-        ranker = self.predictor.ranker
+        (allowed, had), most = self._allowed(body, known), max(self.rules.pool, body.k)
         # Who has done nothing is shown what the retrieval says: the ranker goes by what was done.
-        if ranker is not None and len(pool.rows) and len(known.did.items):
+        ranker = self.predictor.ranker if len(known.did.items) else None
+        if known.scores is None:
+            pool = self.shelf.near(known.vector, allowed, most, had, chances=ranker is None)
+        else:
+            pool = self.shelf.pool(known.scores, allowed, most, chances=ranker is None)
+        if ranker is not None and len(pool.rows):
             worth = self.predictor.rank(known.did, int(time.time()), pool.rows, pool.worth)
             pool = pool.reordered(worth, ranker.coverage)
         wanted = self.rules.diversity if body.diversity is None else body.diversity
@@ -238,9 +254,10 @@ class Model:
             for item in (self.shelf.items[pick.row],)
         ]
 
-    def _allowed(self, body: forms.Who, known: Known, count: int) -> np.ndarray:
-        out = [*self.blocked, *(known.did.items.tolist() if body.exclude_seen else ())]
-        return self.shelf.allowed(self.filters(body.filters), out, count)
+    def _allowed(self, body: forms.Who, known: Known) -> tuple[np.ndarray, int]:
+        """bool [N], and how many are not because the user had them."""
+        had = set(known.did.items.tolist() if body.exclude_seen else ())
+        return self.shelf.allowed(self.filters(body.filters), self.blocked | had, known.count), len(had)
 
     def named(self, row: int) -> Named:
         item = self.shelf.items[row]
@@ -257,16 +274,11 @@ class Model:
         """By the product of what the words and the items' texts mean; taste and words on one scale, each standardised."""
         with self._computing:
             words = self.predictor.meaning(body.query)
-        count = len(known.scores)
-        vectors = self.shelf.vectors[:count]
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(words)
-        cosines = vectors @ words / np.maximum(norms, 1e-12)
-        scores = (1 - body.taste) * _standard(cosines) + body.taste * _standard(known.scores)
-        rows = np.flatnonzero(self._allowed(body, known, count))
-        best = rows[np.argsort(-scores[rows], kind="stable")[: body.k]]
+        allowed, had = self._allowed(body, known)
+        found = self.shelf.search(words, known.vector, body.taste, allowed, body.k, had)
         return [
-            Found(**self.named(int(r)).model_dump(), score=float(scores[r]), similarity=float(cosines[r]))
-            for r in best
+            Found(**self.named(row).model_dump(), score=score, similarity=cosine)
+            for row, score, cosine in found
         ]
 
 
@@ -281,8 +293,21 @@ class Waiting:
         return min(len(self.history.items), self.most)
 
 
-def _standard(values: np.ndarray) -> np.ndarray:
-    return np.asarray((values - values.mean()) / max(float(values.std()), 1e-9))
+def usable_index(folder: Path, predictor: Predictor, rules: OfferSettings) -> index.Index | None:
+    """Of a model directory, where it finds as many of the best as are asked of it."""
+    measured, count = index.told(str(folder)), len(predictor.rows)
+    if measured is None:
+        if count > predictor.shape.recommender.exact_items:
+            logger.warning(
+                "no index of %s items: each request looks at all; export the model again", f"{count:,}"
+            )
+        return None
+    if measured.least_recall < rules.least_recall:
+        key = f"serving.recommend.least_recall {rules.least_recall:g}"
+        logger.warning("%s: below %s, each request looks at all items", measured, key)
+        return None
+    logger.info("%s", measured)
+    return index.read(folder, predictor.vectors, predictor.bias)
 
 
 def _items(rows: pa.Table) -> list[Item]:

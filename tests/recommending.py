@@ -139,6 +139,49 @@ def dataset_of(
     return ref
 
 
+def clustered(count: int, width: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors float32 [count, width] of length about 1 and int64 [count], which heap each is of: some hundred or thousand heaps
+    of different sizes, in turn within a few larger ones, as items lie by what they are and by who takes them."""
+    heaps = max(int(2 * count**0.5), 1)
+    kinds = random.standard_normal((max(heaps // 25, 1), width), np.float32)
+    centers = kinds[random.integers(0, len(kinds), heaps)]
+    centers += 0.7 * random.standard_normal((heaps, width), np.float32)
+    of = random.choice(heaps, count, p=random.dirichlet(np.ones(heaps)))
+    vectors = centers[of] + 0.6 * random.standard_normal((count, width), np.float32)
+    return (vectors / (1.36 * width**0.5)).astype(np.float32), of
+
+
+def companions(of: np.ndarray, users: int, size: int, random: np.random.Generator) -> list[np.ndarray]:
+    """Histories of `size` different items, a user's out of a few heaps (`clustered`)."""
+    order, starts = np.argsort(of, kind="stable"), np.cumsum(np.bincount(of)) - np.bincount(of)
+    found = []
+    for _ in range(users):
+        heaps = starts[of[random.integers(0, len(of), 3)]]
+        near = np.concatenate([order[start : start + size] for start in heaps])
+        found.append(random.permutation(np.unique(near))[:size])
+    return found
+
+
+def publish_many(base: Path, settings: Settings, count: int) -> None:
+    """films@1 with `count` items in heaps, and users who keep to a few of them."""
+    import torch
+
+    from lib.tasks import recommend
+
+    random = np.random.default_rng(0)
+    heaped, of = clustered(count, settings.model.recommender.width, random)
+    rows = sequences([(row.tolist(), 1) for row in companions(of, 200, 12, random)])
+    ref = dataset_of(item_rows(base, count), {"train": rows, "validation": rows})
+    torch.manual_seed(0)
+    model = recommend.build(base, settings, ref).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+        model.id.weight.copy_(torch.from_numpy(heaped))
+        model.id_bias.weight.copy_(torch.from_numpy(random.normal(0, 0.5, (count, 1))))
+    publish_model(model, base, ref)
+
+
 def publish_films(base: Path, settings: Settings) -> None:
     """films@1: random weights, large enough that what somebody did counts."""
     import torch
@@ -155,12 +198,24 @@ def publish_films(base: Path, settings: Settings) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
+    publish_model(model, base, ref)
+
+
+def publish_model(model: Any, base: Path, ref: DatasetRef) -> None:
+    """films@1."""
+    from lib.tasks import recommend
+
     info = TaskFile("recommend", [], 16, str(base), ref.fingerprint)
     with storage.publish(ModelRef("films", 1).uri) as folder:
         recommend.save(model, base, info, folder)
-        files = {
-            str(path.relative_to(folder)): storage.checksum(str(path))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        storage.write_json(str(folder / VERSION_FILE), {"files": files})
+        write_version(folder)
+
+
+def write_version(folder: Path) -> None:
+    """As the registry leaves a model directory."""
+    files = {
+        str(path.relative_to(folder)): storage.checksum(str(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    storage.write_json(str(folder / VERSION_FILE), {"files": files})

@@ -50,6 +50,17 @@ def test_near_duplicates_and_leakage() -> None:
     assert not alone.checks_leakage  # there is nowhere to leak to
 
 
+def test_dates_of_the_split_are_read_as_yaml_has_them() -> None:
+    words = "{time: created, validation_from: 2024-01-01, test_from: 2024-03-01T09:00:00Z}"
+    data = load_settings(REVIEWS, ["--data.split", words]).data
+    assert data.split.dates == {"validation": "2024-01-01", "test": "2024-03-01T09:00:00+00:00"}
+    assert data.split.by == "time"
+    assert data.checks_leakage
+    assert type(data).model_validate(data.model_dump(mode="json")) == data
+    alone = load_settings(REVIEWS, ["--data.split", "{time: year, test_from: 2024}"]).data
+    assert alone.shares == {"train": 0.5, "validation": 0, "test": 0.5}
+
+
 @pytest.mark.parametrize(
     ("override", "says"),
     [
@@ -65,6 +76,42 @@ def test_near_duplicates_and_leakage() -> None:
         (["--training.zero_stage", "7"], "training.zero_stage: input should be 0, 1, 2 or 3, got 7"),
         (["--task", "sentimnt"], "no task 'sentimnt'; did you mean 'sentiment'?"),
         (["--data.split.train", "0.5"], "train + validation + test must be 1, not 0.7"),
+        (
+            ["--data.split", "{group: user, time: created}"],
+            "data.split: rows are split by group or by time, not by both; leave one out",
+        ),
+        (["--data.split", "{group: user, stratified: true}"], "by group or by stratified, not by both"),
+        (["--data.split", "{test_from: 2024-03-01}"], "data.split: test_from needs time"),
+        (
+            ["--data.split", "{time: t, test_from: 2024-03-01, train: 0.9, validation: 0}"],
+            "test_from says where a split begins, so that there are no shares; leave train, validation and test out",
+        ),
+        (
+            ["--data.split", "{time: t, validation_from: 2024-03-01, test_from: 2024-02-01}"],
+            "validation_from must be before test_from, and 2024-03-01 is not before 2024-02-01",
+        ),
+        (["--data.split", "{time: t, test_from: soon}"], "data.split.test_from: 'soon' is no time"),
+        (
+            ["--data.split", "{time: t, test_from: 2024-03-01}", "--data.test_source", "t.csv"],
+            "split.test_from would leave nothing to test_source",
+        ),
+        (["--data.augment", "{}"], "data.augment: no method is named; give some of synonyms, swap"),
+        (["--data.augment", "{swap: {aplha: 0.1}}"], "unknown key 'data.augment.swap.aplha'"),
+        (["--data.augment", "{swap: {alpha: 0}}"], "data.augment.swap.alpha: "),
+        (["--data.augment", "{paraphrase: true}"], "paraphrase needs writer.model, the model that writes"),
+        (
+            ["--data.augment", "{swap: true, writer: {model: a}}"],
+            "writer: nothing is written without paraphrase",
+        ),
+        (
+            ["--data.augment", "{paraphrase: {prompt: Again}, writer: {model: a}}"],
+            "data.augment.paraphrase.prompt: a prompt needs {text}",
+        ),
+        (
+            ["--data.augment", "{paraphrase: true, writer: {model: chat@champion}}"],
+            "data.augment.writer.model: 'chat@champion' is no fixed version; give its number, such as chat@3",
+        ),
+        (["--data.augment", "{swap: true, balance: {to: 0}}"], "data.augment.balance.to"),
         (["--data.labels", "[]"], "data.labels: at least one label"),
         (
             ["--data.undersample", "{positve: 0.5}"],

@@ -60,3 +60,20 @@ def test_a_column_is_read_as_each_of_its_values_and_the_wrong_ones_are_told() ->
                 said[row] = str(error)
         assert wrong == said
         assert {row: int(found[row]) for row in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("2024-03-01", 1709251200),
+        ("2024-03-01 09:00:00", 1709283600),
+        ("2024-03-01 09:00:00.999999999", 1709283600),
+        ("2024-03-01 09:00:00Z", 1709283600),
+        ("2024-03-01T10:00:00+01:00", 1709283600),
+        ("1969-12-31T23:59:59.5", -1),
+        ("2024", 2024),
+    ],
+)
+def test_where_the_order_counts_a_time_needs_no_offset(value: str, expected: int) -> None:
+    assert times.seconds(value, assume_utc=True) == expected
+    assert times.column(pa.array([value]), assume_utc=True)[0].tolist() == [expected]

@@ -4,7 +4,9 @@
     scan    read, clean, normalise, map labels, hash         → counts, and 36 bytes a row; 8 more a band
             shuffle the hashes, find the duplicates          → the positions to drop
             find near duplicates (`near_passes`)             → more of them, and rows that change their split
-    write   read and normalise again, drop, split, tokenise  → Parquet shards
+            count keys (`split_passes`)                      → where splits part, by time or label by label
+            count labels (`augment.counting`)                → new rows that each is to have
+    write   read again, drop, split, augment, tokenise       → Parquet shards
     publish the manifest, and all of it at once
 
 Both passes take personal data out of what they read. Reading, redacting and normalising twice costs 20 µs a row,
@@ -20,14 +22,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from lib import storage, tracking
+from lib import heads, storage, tracking
 from lib.artifacts import SPLITS
-from lib.data import quarantine, recommend, report
+from lib.data import noise, quarantine, recommend, report
+from lib.data.augment.making import making
+from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
+from lib.data.labelling import studio
 from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
-    Found,
     Scanned,
     Written,
     find_duplicates,
@@ -35,9 +39,13 @@ from lib.data.passes import (
     scan,
     write,
 )
+from lib.data.places import Found
 from lib.data.plan import SOURCES, Plan
+from lib.data.split import FAR, Cuts
+from lib.data.split_passes import find_cuts
 from lib.data.stream import source, tables
 from lib.errors import DataError
+from lib.settings.splitting import Split
 from lib.tasks import load_task
 
 
@@ -62,17 +70,33 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         _check_scanned(plan, scanned)
         say(f"scanned {scanned.rows:,} rows")
         found = _found(plan, scanned, read, hashes, say)
+        new = making(plan.reading, plan.settings, hashes, scanned.usable, found, say)
         del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
-        packed = read("write")
+        packed = with_written(read("write"), plan.reading, plan.settings, found, new, plan.rules)
         written = write(
-            plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, plan.rules
+            plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new, plan.rules
         )
         quarantine.gather(uri)
         _check_written(plan, scanned, written, uri)
-        manifest = _manifest(plan, scanned, written)
+        manifest = _manifest(plan, scanned, written, found.cuts)
+        if plan.settings.data.label_noise.report:
+            manifest["label_noise"] = _label_noise(plan, written, uri, say)
         report.write(uri, manifest)
     return manifest
+
+
+def _label_noise(plan: Plan, written: Written, uri: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the manifest says of labels that are probably wrong; leaves tasks for Label Studio, where they are wanted."""
+    data = plan.settings.data
+    say(f"looking for wrong labels among {len(written.sampled):,} training rows")
+    told, tasks = noise.report(written.sampled, data, plan.reading.place)
+    if data.label_noise.tasks and tasks:
+        folder = storage.join(uri, noise.FOLDER)
+        storage.write_json(storage.join(folder, studio.TASKS), tasks)
+        config = studio.labelling_config(heads.of_data(data))
+        storage.write_bytes(storage.join(folder, studio.CONFIG), config.encode())
+    return told
 
 
 def _already(rows: Any, name: str) -> Any:
@@ -87,14 +111,15 @@ def _found(
     rejected = find_rejected(scanned, hashes)
     exact = None if data.duplicates == "keep" else find_duplicates(reading, hashes, plan.settings)
     alike = placed = None
+    looking = (reading, plan.settings, read, scanned, hashes, rejected)
     if data.near.duplicates == "drop" or data.checks_leakage:
         say("comparing texts")
-        looking = (reading, plan.settings, read, scanned, hashes, rejected)
-        if data.near.duplicates == "drop":
-            alike = near_duplicates(*looking, exact)
-        if data.checks_leakage:
-            placed = straddling(*looking, exact, alike)
-    return Found(tables(rejected), tables(exact, alike), tables(placed))
+    if data.near.duplicates == "drop":
+        alike = near_duplicates(*looking, exact)
+    cuts = find_cuts(reading, plan.settings, hashes, exact, alike)
+    if data.checks_leakage:
+        placed = straddling(*looking, exact, alike, cuts=cuts)
+    return Found(tables(rejected), tables(exact, alike), tables(placed), cuts)
 
 
 def _check_scanned(plan: Plan, scanned: Scanned) -> None:
@@ -139,10 +164,7 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
         if share and not count.rows and (why := _emptied_by_the_check(plan, written, rows)):
             raise DataError(f"the {split} split would be empty: {why}")
         if share and not count.rows:
-            raise DataError(
-                f"the {split} split would be empty: {rows:,} rows are too few for a share of {share:g}; "
-                f"give more rows or another data.split"
-            )
+            raise DataError(f"the {split} split would be empty: {_why_empty(plan, split, rows)}")
         if split in plan.settings.data.sources and not count.rows:
             raise DataError(
                 f"the {split} split would be empty: no row of data.{split}_source is left; all are empty or "
@@ -156,13 +178,24 @@ def _check_written(plan: Plan, scanned: Scanned, written: Written, uri: str) -> 
             )
 
 
+def _why_empty(plan: Plan, name: str, rows: int) -> str:
+    split = plan.settings.data.split
+    if split.dates:
+        dates = ", ".join(f"{name}_from {begins}" for name, begins in split.dates.items())
+        return f"no row of {split.time!r} is of its time ({dates}); give other dates"
+    why = f"{rows:,} rows are too few for a share of {plan.settings.data.shares[name]:g}"
+    if split.by in ("group", "time"):
+        why += f", or too many of them have the same {split.by} ({getattr(split, split.by)!r})"
+    return f"{why}; give more rows or another data.split"
+
+
 def _emptied_by_the_check(plan: Plan, written: Written, rows: int) -> str | None:
     """Why a split that would not be empty without `data.leakage` is."""
     if plan.settings.data.leakage != "check":
         return None
     if written.leaking:
         return (
-            f"{written.leaking:,} rows say the same as rows of a split that is given; give other rows, "
+            f"{written.leaking:,} rows say the same as rows of a split behind their own; give other rows, "
             f"or set data.leakage to report"
         )
     if written.moved:
@@ -173,12 +206,24 @@ def _emptied_by_the_check(plan: Plan, written: Written, rows: int) -> str | None
     return None
 
 
+def _split(split: Split, cuts: Cuts | None) -> dict[str, Any]:
+    """What rows were split by, and where by time."""
+    found: dict[str, Any] = {"by": split.by}
+    if split.by in ("group", "time"):
+        found["column"] = getattr(split, split.by)
+    if split.by == "time" and cuts is not None and len(cuts.at):
+        for name, at in zip(("validation", "test"), cuts.at[0].tolist(), strict=True):
+            if at != FAR:
+                found[f"{name}_from"] = datetime.fromtimestamp(at, UTC).isoformat()
+    return found
+
+
 def _source(plan: Plan) -> str:
     files = plan.reading.files
     return files[0].name + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
 
 
-def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
+def _manifest(plan: Plan, scanned: Scanned, written: Written, cuts: Cuts | None) -> dict[str, Any]:
     settings = plan.settings
     classes = load_task(settings.task).classes(settings.data)
     share, left_out = settings.data.quarantine.share, written.quarantined
@@ -216,7 +261,9 @@ def _manifest(plan: Plan, scanned: Scanned, written: Written) -> dict[str, Any]:
             for name, rows in {**scanned.examples, **written.examples}.items()
         }
         | quarantine.examples(left_out, plan.reading, settings.data.clean.samples),
+        **({"augmented": dict(sorted(written.augmented.items()))} if settings.data.augment else {}),
         "leakage": {"mode": settings.data.leakage, "moved": written.moved, "leaking": written.leaking},
+        "split": _split(plan.settings.data.split, cuts),
         "splits": {name: count.manifest(classes) for name, count in written.splits.items()},
         "sources": _sources(plan, scanned, written),
         "settings": settings.data.model_dump(mode="json", exclude=SOURCES),

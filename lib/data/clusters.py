@@ -15,7 +15,7 @@ import pyarrow as pa
 from lib.data.blocks import ROW_BITS
 from lib.data.dedup import DROPPED, Reason
 from lib.data.near import unique_links
-from lib.data.split import assign, mix
+from lib.data.split import Cuts, assign, mix
 from lib.settings import DataSettings
 
 # 64 MiB of them; joining takes about ten times as much.
@@ -100,17 +100,22 @@ def drop_all_but_the_best(members: pa.Table, data: DataSettings, ranks: np.ndarr
     return pa.table([position[~first], reason[~first]], schema=DROPPED).sort_by("position")
 
 
-def into_one_split(members: pa.Table, data: DataSettings, given: np.ndarray) -> pa.Table:
+def into_one_split(
+    members: pa.Table, data: DataSettings, given: np.ndarray, cuts: Cuts | None = None
+) -> pa.Table:
     """Rows of whole clusters → PLACED, sorted by position: those that go elsewhere than their own text says.
 
-    `members` has `root`, `position` and `group` int64, the hash that decides a row's split; `given` int8 [files] is the
-    split of rows that have one, else -1. Drawn rows go where the first of them in source order goes. Where that is a split
-    before one of which the cluster has a given row (train before validation before test), they are left out: what a
-    given split holds is never touched.
+    `members` has `root`, `position`, `label`, `group` int64, the hash that decides a row's split, and, split by time, `time`
+    int64; `given` int8 [files] is the split of rows that have one, else -1. Drawn rows go where the first of them in source
+    order goes. Where that is a split before one of which the cluster has a given row (train before validation before
+    test), they are left out: what a given split holds is never touched. Split by time, no row changes its split,
+    which would bring what is late before what is early: rows are left out that resemble one of a later split.
     """
-    root, position, group = (members[name].to_numpy() for name in ("root", "position", "group"))
-    order = np.lexsort((position, root))
-    root, position, group = root[order], position[order], group[order]
+    members = members.sort_by([("root", "ascending"), ("position", "ascending")])
+    root, position, group, label = (
+        members[name].to_numpy() for name in ("root", "position", "group", "label")
+    )
+    seconds = members["time"].to_numpy() if "time" in members.column_names else None
     split = given[position >> ROW_BITS]
     starts = (
         np.flatnonzero(np.concatenate([[True], root[1:] != root[:-1]])) if len(root) else np.empty(0, int)
@@ -118,12 +123,15 @@ def into_one_split(members: pa.Table, data: DataSettings, given: np.ndarray) -> 
     sizes = np.diff([*starts, len(root)])
     if not len(root):
         return PLACED.empty_table()
-    latest = np.repeat(np.maximum.reduceat(split, starts), sizes)
     drawn = split < 0
-    own = assign(group, data)
+    own = assign(group, data, cuts, label, seconds)
+    if seconds is not None:
+        split = np.where(drawn, own, split)
+    latest = np.repeat(np.maximum.reduceat(split, starts), sizes)
     # The first drawn row of a cluster, or its end where there is none.
     at = np.where(drawn, np.arange(len(root)), len(root))
     first = np.minimum(np.repeat(np.minimum.reduceat(at, starts), sizes), len(root) - 1)
-    place = np.where(own[first] < latest, LEFT_OUT, own[first]).astype(np.int8)
+    goes = own[first] if seconds is None else own
+    place = np.where(goes < latest, LEFT_OUT, goes).astype(np.int8)
     elsewhere = drawn & (place != own)
     return pa.table([position[elsewhere], place[elsewhere]], schema=PLACED).sort_by("position")

@@ -87,6 +87,10 @@ def _rows(plan: Plan, settings: Settings) -> Iterator[tuple[str, str]]:
     yield "split", _splits(data)
     for label, share in data.undersample.items():
         yield "undersample", f"{share:.0%} of the training rows labelled {label}"
+    if data.augment:
+        methods = ", ".join(f"{name} ({n} a row)" for name, n in data.augment.methods.items())
+        filled = f"; labels filled up to {data.augment.balance.to}" if data.augment.balance else ""
+        yield "augment", f"training rows alone: {methods or 'copies'}{filled}"
     if plan.knowledge:
         yield "ground", f"dialogues get passages of {plan.knowledge}"
     yield (
@@ -135,7 +139,16 @@ def _splits(data: DataSettings) -> str:
     given = [name for name in SPLITS if name in data.sources]
     shared = ", ".join(f"{name} {data.shares[name]:.0%}" for name in SPLITS if name not in given)
     files = f"; {', '.join(given)} given by files" if given else ""
-    return f"{shared}, by a hash of the text and the seed {data.split.seed}{files}"
+    split = data.split
+    if split.dates:
+        shared = ", ".join(f"{name} from {begins}" for name, begins in split.dates.items())
+    how = {
+        "random": f"by a hash of the text and the seed {split.seed}",
+        "group": f"rows with one {split.group!r} together, by its hash and the seed {split.seed}",
+        "time": f"the latest by {split.time!r} test, those before them validate",
+        "stratified": f"each label in its share, by a hash of the text and the seed {split.seed}",
+    }[split.by]
+    return f"{shared}, {how}{files}"
 
 
 def _size(size: int) -> str:

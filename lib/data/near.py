@@ -22,7 +22,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -207,8 +207,15 @@ def unique_links(a: np.ndarray, b: np.ndarray) -> pa.Table:
 
 
 def verified(rows: pa.Table, threshold: float) -> pa.Table:
-    """`a` int64, `position` int64 and `sketch` of rows that may be near duplicates of row a, and of row a itself, in any
-    order → LINK of those that are."""
+    """`a` int64, `position` int64 and the sketch as `value` of rows that may be near duplicates of row a, and of row a itself,
+    in any order → LINK of those that are."""
+    return linked_to_first(rows, similarities, threshold, COMPARED // SKETCH)
+
+
+def linked_to_first(
+    rows: pa.Table, similar: Callable[[pa.Array, pa.Array], np.ndarray], threshold: float, at_once: int
+) -> pa.Table:
+    """The same with whatever tells how `similar` the values of two columns are, `at_once` pairs at a time."""
     a, position = rows["a"].to_numpy(), rows["position"].to_numpy()
     order = np.lexsort((position, a))
     a, position = a[order], position[order]
@@ -218,13 +225,13 @@ def verified(rows: pa.Table, threshold: float) -> pa.Table:
     there = (at < len(heads)) & (a != position)
     there[there] &= a[heads][at[there]] == a[there]
     member = np.flatnonzero(there)
-    sketch = rows["sketch"].combine_chunks()
-    sketch = sketch.chunk(0) if isinstance(sketch, pa.ChunkedArray) else sketch
+    value = rows["value"].combine_chunks()
+    value = value.chunk(0) if isinstance(value, pa.ChunkedArray) else value
     found = [np.empty(0, np.int64)]
-    for start in range(0, len(member), COMPARED // SKETCH):
-        part = member[start : start + COMPARED // SKETCH]
-        first = sketch.take(pa.array(order[heads[at[part]]]))
-        alike = similarities(first, sketch.take(pa.array(order[part])))
+    for start in range(0, len(member), at_once):
+        part = member[start : start + at_once]
+        first = value.take(pa.array(order[heads[at[part]]]))
+        alike = similar(first, value.take(pa.array(order[part])))
         found.append(part[alike >= threshold])
     chosen = np.concatenate(found)
     return unique_links(a[chosen], position[chosen])

@@ -21,27 +21,25 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, clean, dedup, grounding, quarantine, weights
+from lib.data import blocks, clean, dedup, grounding, noise, quarantine, weights
+from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
-from lib.data.clusters import LEFT_OUT
 from lib.data.dedup import Reason
+from lib.data.places import Found, places
 from lib.data.quarantine import UNENCODABLE, Entry, Quarantined
 from lib.data.ready import Ready, bands, prepare
 from lib.data.redact import Rules
 from lib.data.rows import beginning
 from lib.data.shards import SplitCount, write_shards
-from lib.data.split import assign, kept
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of
 from lib.labels import MISSING, Unknown
-from lib.settings import DataSettings, Settings
+from lib.settings import Settings
 from lib.tasks import UnencodableError, load_task
 
 SAY_SECONDS = 10
 HASH_COLUMNS = ("partition", "high", "low", "position", "label")
 # What the near duplicates and the leakage check are found by; the bands are flat, some for each row.
 NEAR_COLUMNS = ("worth", "group", "text_bands", "group_bands")
-# Of `among`: no table of places has the row.
-STAYS = -2
 
 
 # Why rows were left out → the first of them in source order: position, how the text begins.
@@ -111,6 +109,10 @@ class Written:
     leaking: int = 0
     """Rows that resemble one of a given split behind their own."""
     undersampled: int = 0
+    augmented: Counter[str] = field(default_factory=Counter)
+    """Method → new rows; `unchanged` and `known`: why some were not made."""
+    sampled: list[Any] = field(default_factory=list)
+    """Training rows among which wrong labels are looked for (`noise.sample`)."""
     thinned: int = 0
     """Training rows that the weight of their source leaves out."""
     repeated: int = 0
@@ -126,18 +128,6 @@ class Written:
     examples: Examples = field(default_factory=dict)
     """Of the rows of each `dropped`, and of those that are `moved`."""
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found of the rows between the passes: references to tables, each sorted by position."""
-
-    rejected: Sequence[Any] = ()
-    """Of `position`."""
-    dropped: Sequence[Any] = ()
-    """dedup.DROPPED."""
-    placed: Sequence[Any] = ()
-    """clusters.PLACED."""
 
 
 def scan(
@@ -226,10 +216,11 @@ def write(
     uri: str,
     say: Callable[[str], None],
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
     rules: Rules | None = None,
 ) -> Written:
     """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
-    passages that `knowledge` has for them.
+    passages that `knowledge` has for them, and `making` makes further rows of those that train.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
@@ -243,6 +234,8 @@ def write(
             "found": found,
             "uri": uri,
             "knowledge": knowledge,
+            "making": making,
+            "usable": scanned.usable,
             "rules": rules,
         },
         batch_size=1,
@@ -263,6 +256,8 @@ def write(
         written.moved += block["moved"]
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
+        written.augmented.update(block["augmented"])
+        written.sampled = noise.kept([*written.sampled, *block["sampled"]], settings.data)
         written.thinned += block["thinned"]
         written.repeated += block["repeated"]
         for index, rows in block["kept"].items():
@@ -325,6 +320,10 @@ def scan_block(
         "group": ready.group,
         **keys,
     }
+    if ready.seconds is not None:
+        hashes["time"] = ready.seconds
+    if settings.data.augment:
+        hashes["said"] = ready.said
     scalars = {name: blocks.flat(row[name]) for name in ("fragment", "number", "problem")}
     return blocks.pack(
         {name: pa.array(values) for name, values in hashes.items()},
@@ -354,44 +353,49 @@ def write_block(
     found: Found,
     uri: str,
     knowledge: IndexRef | None = None,
+    making: Making | None = None,
+    usable: int = 0,
     rules: Rules | None = None,
 ) -> pa.Table:
-    """Runs in a task: one block's shards; its counts."""
+    """Runs in a task: one block's shards; its counts. `usable` rows there are in all."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     task, data = load_task(settings.task), settings.data
     block = blocks.from_row(row, list(reading.columns))
     ready = prepare(block.rows, settings, ray.get(list(found.rejected)))
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
-    reasons = dedup.among(ray.get(list(found.dropped)), positions, "reason", 0)
-    placed = dedup.among(ray.get(list(found.placed)), positions, "place", STAYS)
-    moved, leaking = (reasons == 0) & (placed >= 0), (reasons == 0) & (placed == LEFT_OUT)
-    keep = reasons == 0
-    why = {reason.name.lower(): reasons == reason for reason in Reason}
+    labels = ready.prepared.labels[ready.usable]
+    at = places(found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
+    why = {reason.name.lower(): at.reasons == reason for reason in Reason}
     texts = ready.prepared.texts.filter(pa.array(ready.usable))
     if data.leakage == "check":
-        keep &= ~leaking
-        why |= {"leaking": leaking | why["leaking"], "moved": moved}
+        why |= {"leaking": at.leaking | why["leaking"], "moved": at.moved}
     rows = ready.prepared.rows
     for name in data.slices:
         rows = rows.append_column(name, block.rows[name])
     ids = dedup.row_ids(ready.high, positions if data.duplicates == "keep" else None)
-    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(keep))
-    given = reading.splits(positions)
-    places = np.where(given < 0, assign(ready.group, data), given)
-    if data.leakage == "check":
-        places = np.where(moved, placed, places)
-    places = places[keep].astype(np.int8)
-    spare = _undersampled(ready.prepared.labels[ready.usable][keep], places, ready.high[keep], data)
-    rows, at, places = rows.filter(pa.array(~spare)), positions[keep][~spare], places[~spare]
-    copies = weights.copies(reading.weighed(at), places, ready.high[keep][~spare], data.split.seed)
+    rows = rows.filter(pa.array(ready.usable)).add_column(0, "id", ids).filter(pa.array(at.stays))
+    split, sources = at.split[at.stays], np.flatnonzero(at.stays)
+    copies = weights.copies(reading.weighed(positions[sources]), split, ready.high[sources], data.split.seed)
+    wanted = copies > 0
+    rows, split, sources, copies = (
+        rows.filter(pa.array(wanted)),
+        split[wanted],
+        sources[wanted],
+        copies[wanted],
+    )
+    sampled = noise.sample(rows, split, ready.high[sources], positions[sources], data, usable)
+    made: Counter[str] = Counter()
+    if making is not None:
+        rows, split, of, made = making.added(rows, split, labels[sources], written_for(row), block)
+        sources, copies = sources[of], copies[of]
     rows, chosen = weights.repeated(rows, copies)
-    at, places = at[chosen], places[chosen]
+    split, sources, again = split[chosen], sources[chosen], np.append(False, chosen[1:] == chosen[:-1])
     refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
         splits = write_shards(
             rows if knowledge is None else grounding.ground(rows, settings, knowledge, refused),
-            places,
+            split,
             first_shards[block.fragment] + block.number,
             uri,
             task,
@@ -400,24 +404,32 @@ def write_block(
             refused,
         )
     except UnencodableError as error:
-        return pa.table({"counts": [json.dumps({"refused": [int(at[error.row]), str(error)]})]})
+        return pa.table(
+            {"counts": [json.dumps({"refused": [int(positions[sources[error.row]]), str(error)]})]}
+        )
     entries = _set_aside(block, ready, settings, rules)
     if refused:
-        said = texts.filter(pa.array(keep)).filter(pa.array(~spare)).take(pa.array(chosen))
-        once = {int(at[n]): (UNENCODABLE, why, beginning(said[n].as_py())) for n, why in refused.items()}
-        more = [Entry(position, *told) for position, told in once.items()]
+        # New rows that were made of a row are refused with it, which is told once.
+        whose = {int(sources[n]): why for n, why in refused.items()}
+        more = [
+            Entry(int(positions[n]), UNENCODABLE, why, beginning(texts[n].as_py()))
+            for n, why in whose.items()
+        ]
         entries += quarantine.without_personal_data(more, rules)
         entries.sort(key=lambda entry: entry.position)
     quarantine.write(entries, reading, block, uri)
     counts = {
         "rows": block.rows.num_rows,
-        "dropped": {reason.name.lower(): int((reasons == reason).sum()) for reason in Reason},
+        "dropped": {reason.name.lower(): int((at.reasons == reason).sum()) for reason in Reason},
         "quarantined": Quarantined.among(entries, block.bad).to_json(),
-        "moved": int(moved.sum()),
-        "leaking": int(leaking.sum() + (reasons == Reason.LEAKING).sum()),
-        "undersampled": int(spare.sum()),
-        "thinned": int((copies == 0).sum()),
-        **weights.by_file(at, places, refused or ()),
+        "moved": int(at.moved.sum()),
+        "leaking": int(at.leaking.sum() + (at.reasons == Reason.LEAKING).sum()),
+        "undersampled": int(at.spare.sum()),
+        "augmented": made,
+        "sampled": sampled,
+        "thinned": int((~wanted).sum()),
+        "repeated": int(again.sum()) - sum(bool(again[n]) for n in refused or ()),
+        "kept": weights.by_file(positions[sources], split, refused or ()),
         "examples": first_of(why, positions, texts, data.clean.samples),
         "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
         "splits": {name: asdict(count) for name, count in splits.items()},
@@ -430,15 +442,3 @@ def _set_aside(block: blocks.Block, ready: Ready, settings: Settings, rules: Rul
     if not settings.data.quarantine.share:
         return []
     return quarantine.of_block(block, ready, load_task(settings.task).TEXTS, rules)
-
-
-def _undersampled(
-    classes: np.ndarray, splits: np.ndarray, hashes: np.ndarray, data: DataSettings
-) -> np.ndarray:
-    """Bool [rows]: training rows that `data.undersample` leaves out, the same ones in every run."""
-    if not data.undersample:
-        return np.zeros(len(classes), bool)
-    shares = np.array([data.undersample.get(label, 1.0) for label in data.label_names])
-    training = splits == SPLITS.index("train")
-    spare: np.ndarray = training & ~kept(hashes, shares[classes], data.split.seed)
-    return spare

@@ -14,10 +14,11 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import blocks, clean, grounding, queries, shapes, sources
+from lib.data import augment, blocks, clean, grounding, queries, shapes, sources, split
 from lib.data.readers import column_names
 from lib.data.redact import Rules
 from lib.errors import ConfigError, DataError
+from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current
 from lib.settings import DataSettings, Settings, SourceSettings, TableSettings
 from lib.tasks import load_task
@@ -30,7 +31,13 @@ SOURCES: dict[str, Any] = {
     "query": True,
     "items": {"source"},
     "users": {"source"},
+    "augment": {
+        "thesaurus": True,
+        "writer": dict.fromkeys(("workers", "cpus_per_worker", "gpus_per_worker"), True),
+    },
 }
+# How many work, and where, changes no row.
+WORKERS = {"workers", "cpus_per_worker", "gpus_per_worker"}
 # Rows of a table of items or users that one task looks at, at a time.
 TABLE_ROWS = 20_000
 
@@ -97,10 +104,12 @@ def plan(settings: Settings, fresh: bool = True) -> Plan:
         return _mixed(settings, fresh)
     task = load_task(settings.task)
     task.columns(data)  # a configuration that does not suit the task ends here, before any file is looked at
+    split.check(data, task, settings.task)
+    augment.check(data, task, settings.task)
     files: list[sources.SourceFile] = []
     try:
-        for number, (split, entry) in enumerate(_entries(data)):
-            files += _files(number, split, entry, fresh)
+        for number, (given, entry) in enumerate(_entries(data)):
+            files += _files(number, given, entry, fresh)
         return _named(settings, files)
     except BaseException:
         _forget(files)
@@ -109,12 +118,12 @@ def plan(settings: Settings, fresh: bool = True) -> Plan:
 
 def _entries(data: DataSettings) -> list[tuple[str | None, SourceSettings]]:
     """All sources, each with the split that it is given for."""
-    return [(split, entry) for split, entries in data.sources.items() for entry in entries]
+    return [(given, entry) for given, entries in data.sources.items() for entry in entries]
 
 
-def _files(number: int, split: str | None, entry: SourceSettings, fresh: bool) -> list[sources.SourceFile]:
-    key = f"data.{split}_source" if split else "data.source"
-    found = sources.find_files([entry.uri], entry.format or "auto", split, key, entry.query, fresh)
+def _files(number: int, given: str | None, entry: SourceSettings, fresh: bool) -> list[sources.SourceFile]:
+    key = f"data.{given}_source" if given else "data.source"
+    found = sources.find_files([entry.uri], entry.format or "auto", given, key, entry.query, fresh)
     return [replace(file, source=number) for file in found]
 
 
@@ -122,6 +131,10 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     """The dataset of these files."""
     data, task = settings.data, load_task(settings.task)
     clean.check(data, clean.texts(task), settings.task)
+    if data.label_noise.report and settings.task != "sentiment":
+        raise ConfigError(
+            f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
+        )
     bad_rows = data.quarantine.share > 0
     if bad_rows and settings.task == "recommend":
         raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
@@ -131,7 +144,7 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
     entries = _entries(data)
     known = [*_known(files, present, entries, data), *data.templates]
-    columns = {**task.columns(data, known), **data.slices}
+    columns = {**task.columns(data, known), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
     # A task may name a column by the whole of its key, such as `heads.topic.column`.
@@ -181,10 +194,15 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
         ],
         "chat_template": template and template_text(template),
         "data": data.model_dump(
-            mode="json", exclude=SOURCES | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            mode="json",
+            exclude=SOURCES
+            | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            | {"near": {"semantic": WORKERS}},
         )
         | ({"heads": heads} if heads else {})
         | ({"redaction": rules.identity()} if rules else {})
+        | ({"augmentation": augment.identity(settings)} if data.augment else {})
+        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
         | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
         "classes": task.classes(data),  # their order counts, and JSON objects have none
     }

@@ -10,9 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data import blocks, clean, dedup, near
+from lib import times
+from lib.data import blocks, clean, dedup, near, split
 from lib.settings import DataSettings, Settings
 from lib.tasks import Prepared, load_task
+from lib.text import is_empty
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,14 @@ class Ready:
     low: np.ndarray
     """Hash of the text, of usable rows alone."""
     group: np.ndarray
-    """What decides the split, of usable rows alone: `low`, or the same of the task's own groups."""
+    """What decides the split, of usable rows alone: `low`, or the same of the task's own groups, or of `data.split.group`."""
+    said: np.ndarray
+    """The same without `data.split.group`."""
     worth: np.ndarray
     """float64, of usable rows alone: which of near duplicates stays."""
     cleaned: clean.Cleaned
+    seconds: np.ndarray | None = None
+    """int64, of usable rows alone: when, where `data.split` goes by time."""
 
     def compared(self, by_group: bool) -> list[str | None]:
         """The texts that near duplicates are told by, or those that decide the split; of usable rows alone."""
@@ -47,6 +53,7 @@ def prepare(rows: pa.Table, settings: Settings, rejected: Sequence[Any] | None =
     task, data = load_task(settings.task), settings.data
     columns = {name: blocks.flat(rows[name]) for name in rows.column_names}
     worth = columns.pop("worth", None)
+    owners, moments = columns.pop(split.GROUP, None), columns.pop(split.TIME, None)
     cleaned = clean.clean(columns, clean.texts(task), task.LISTS, data.clean, judge=rejected is None)
     if rejected is None:
         out = np.zeros(rows.num_rows, bool)
@@ -58,15 +65,30 @@ def prepare(rows: pa.Table, settings: Settings, rejected: Sequence[Any] | None =
     usable = ~prepared.empty & (prepared.labels >= 0) & ~out
     if worth is not None:
         worth = _numbers(worth, usable, prepared.malformed)
+    seconds = None if moments is None else _seconds(moments, usable, prepared.malformed)
     usable[list(prepared.malformed)] = False
     high, low = dedup.hash_texts(prepared.texts.filter(pa.array(usable)))
     groups = prepared.groups
-    group = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
+    group = said_by = low if groups is None else dedup.hash_texts(groups.filter(pa.array(usable)))[1]
+    if owners is not None:
+        owners = pc.utf8_trim_whitespace(owners.filter(pa.array(usable)))
+        group = np.where(is_empty(owners), said_by, dedup.hash_texts(owners)[1])
     if data.near.keep == "longest":
         said = prepared.compared if prepared.compared is not None else prepared.texts
         worth = np.asarray(pc.utf8_length(said).fill_null(0)).astype(float)
     worth = np.zeros(rows.num_rows) if worth is None else worth
-    return Ready(prepared, out, usable, high, low, group, worth[usable], cleaned)
+    seconds = None if seconds is None else seconds[usable]
+    return Ready(prepared, out, usable, high, low, group, said_by, worth[usable], cleaned, seconds)
+
+
+def _seconds(values: pa.Array, usable: np.ndarray, malformed: dict[int, str]) -> np.ndarray:
+    """int64 [rows] of `data.split.time`, 0 for rows that are not usable; what is no time is told in `malformed`."""
+    found = np.zeros(len(values), np.int64)
+    found[usable], wrong = times.column(values.filter(pa.array(usable)), assume_utc=True)
+    for row, why in wrong.items():
+        place = int(np.flatnonzero(usable)[row])
+        malformed.setdefault(place, f"is wrong in the column of data.split.time: {why}")
+    return found
 
 
 def _numbers(values: pa.Array, usable: np.ndarray, malformed: dict[int, str]) -> np.ndarray:

@@ -23,6 +23,8 @@ LENGTH_ENDS = np.unique(np.round(2.0 ** (np.arange(0, 96) / 4)).astype(np.int64)
 # Rows that go through the tokeniser at a time. Its objects are large: with a thousand they leave the
 # processor's cache and each row costs 7% more.
 ENCODE_ROWS = 128
+# Columns that the other splits have not: they would be taken for slices of the rows.
+OF_TRAINING = ("augmented_from", "augmented_by")
 
 
 @dataclass
@@ -77,8 +79,11 @@ def write_shards(
     counts = {}
     for index, split in enumerate(SPLITS):
         chosen = np.array([row for row in np.flatnonzero(splits == index) if row not in (refused or ())], int)
+        own = rows
+        if split != "train":
+            own = rows.drop_columns([name for name in OF_TRAINING if name in rows.column_names])
         parts = [
-            _encode(rows, chosen[start : start + ENCODE_ROWS], task, model, refused)
+            _encode(own, chosen[start : start + ENCODE_ROWS], task, model, refused)
             for start in range(0, len(chosen), ENCODE_ROWS)
         ]
         found = [part for part in parts if part is not None]

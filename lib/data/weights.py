@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -37,15 +36,12 @@ def repeated(rows: pa.Table, copies: np.ndarray) -> tuple[pa.Table, np.ndarray]:
     return rows.take(pa.array(chosen)).set_column(0, "id", pa.array(ids, pa.string())), chosen
 
 
-def by_file(positions: np.ndarray, places: np.ndarray, refused: Collection[int]) -> dict[str, Any]:
-    """Of rows that are written, all but the refused: index of the file → rows in each of SPLITS, and how many are there
-    once more."""
+def by_file(positions: np.ndarray, places: np.ndarray, refused: Collection[int]) -> dict[int, list[int]]:
+    """Of rows that are written, all but the refused: index of the file → rows in each of SPLITS."""
     left = np.ones(len(positions), bool)
     left[list(refused)] = False
-    positions, places = positions[left], places[left]
-    files = positions >> ROW_BITS
-    of_files = {
+    files, places = positions[left] >> ROW_BITS, places[left]
+    return {
         int(index): np.bincount(places[files == index], minlength=len(SPLITS)).tolist()
         for index in np.unique(files)
     }
-    return {"kept": of_files, "repeated": len(positions) - len(np.unique(positions))}

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from lib.evaluation.metrics import Floats, Ints, confusion_matrix, macro_f1
+from lib.tfidf import fit, probabilities, vectorizer
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0)
 WEIGHTINGS: tuple[Literal["balanced"] | None, ...] = ("balanced", None)
-# Below this many training rows a word that occurs once is kept; above, it is mostly a spelling mistake.
-RARE_WORDS_MATTER = 1_000
 
 
 @dataclass(frozen=True)
@@ -69,52 +68,33 @@ def tfidf(
 
     Falls back to `majority` when the training rows hold one class only, or no word at all.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     began = time.perf_counter()
     texts, labels = train
-    common = 2 if len(texts) >= RARE_WORDS_MATTER else 1
-    # One-letter words count: in many scripts a letter is a word.
-    vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), sublinear_tf=True, min_df=common, token_pattern=r"(?u)\b\w+\b", dtype=np.float32
-    )
-    if len(np.unique(labels)) < 2 or not any(vectorizer.build_analyzer()(t) for t in texts[:1000]):
+    words = vectorizer(texts)
+    if len(np.unique(labels)) < 2 or words is None:
         return majority(labels, len(test_texts), classes)
-    features = vectorizer.fit_transform(texts)
-    model, choice = _choose(features, labels, vectorizer, validation, classes)
-    probabilities = _probabilities(model, vectorizer.transform(test_texts), classes)
+    features = words.fit_transform(texts)
+    model, choice = _choose(features, labels, words, validation, classes)
+    shares = probabilities(model, words.transform(test_texts), classes)
     how = f"words and word pairs, {features.shape[1]:,} features, {choice}, {len(texts):,} training rows"
-    return Baseline(probabilities, time.perf_counter() - began, how)
+    return Baseline(shares, time.perf_counter() - began, how)
 
 
 def _choose(
-    features: Any, labels: Ints, vectorizer: Any, validation: tuple[Sequence[str], Ints], classes: int
+    features: Any, labels: Ints, words: Any, validation: tuple[Sequence[str], Ints], classes: int
 ) -> tuple[LogisticRegression, str]:
     """The fitted model with the best macro-F1 on the validation split, and what was chosen."""
     texts, truth = validation
     if len(texts) == 0:
-        return _fit(features, labels, 1.0, "balanced"), "C = 1 and balanced classes, unvalidated"
-    held_out = vectorizer.transform(texts)
+        return fit(features, labels, 1.0, "balanced"), "C = 1 and balanced classes, unvalidated"
+    held_out = words.transform(texts)
     best: tuple[float, LogisticRegression, str] | None = None
     for weighting in WEIGHTINGS:
         for strength in STRENGTHS:
-            model = _fit(features, labels, strength, weighting)
+            model = fit(features, labels, strength, weighting)
             score = float(macro_f1(confusion_matrix(truth, model.predict(held_out), classes)))
             if best is None or score > best[0]:
                 classes_are = "balanced classes" if weighting else "classes as they are"
                 best = (score, model, f"C = {strength:g} and {classes_are} by validation")
     assert best is not None
     return best[1], best[2]
-
-
-def _fit(features: Any, labels: Ints, strength: float, weighting: str | None) -> LogisticRegression:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(C=strength, class_weight=weighting, max_iter=500).fit(features, labels)
-
-
-def _probabilities(model: LogisticRegression, features: Any, classes: int) -> Floats:
-    """[N, C]; classes that the training rows lack get 0."""
-    probabilities = np.zeros((features.shape[0], classes))
-    probabilities[:, model.classes_] = model.predict_proba(features)
-    return probabilities

@@ -6,7 +6,6 @@ names the same answer both times is a win or a loss, all else is a tie.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections import Counter
@@ -15,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 
-from lib.errors import ConfigError, WhorlError
+from lib.endpoint import Endpoint, key_of
+from lib.errors import WhorlError
 from lib.evaluation.answer_metrics import mean_of
 from lib.evaluation.intervals import bootstrap_sums, interval
 from lib.settings import JudgeSettings
@@ -30,8 +29,7 @@ SYSTEM = (
     "[[A]], [[B]] or [[tie]]."
 )
 VERDICT = re.compile(r"\[\[\s*(A|B|tie)\s*\]\]", re.IGNORECASE)
-RETRIED = {408, 409, 429, 500, 502, 503, 504}
-ATTEMPTS = 4
+SECTION = "evaluation.answers.judge"
 Outcome = Literal["win", "loss", "tie"]
 
 
@@ -49,17 +47,8 @@ class Judge:
     """A connection to the endpoint. Raises ConfigError when the environment variable of the key is empty."""
 
     def __init__(self, settings: JudgeSettings, pause: Callable[[float], None] = time.sleep) -> None:
-        self.settings, self.pause = settings, pause
-        headers = {}
-        if settings.key_variable:
-            key = os.environ.get(settings.key_variable, "")
-            if not key:
-                raise ConfigError(
-                    f"evaluation.answers.judge: the environment variable {settings.key_variable} is empty; put the "
-                    f"endpoint's key there, or set key_variable to '' for one that wants none"
-                )
-            headers = {"authorization": f"Bearer {key}"}
-        self.client = httpx.Client(headers=headers, timeout=settings.timeout_s)
+        self.settings = settings
+        self.endpoint = Endpoint(settings, SECTION, key_of(settings, SECTION), pause)
 
     def check(self) -> None:
         """Ask one easy question, so that a wrong address, key or model is told before anything is measured."""
@@ -97,39 +86,7 @@ class Judge:
 
     def reply(self, conversation: list[dict[str, str]]) -> str:
         """The judge's text. Raises ConfigError, without the key, in one line."""
-        body = {
-            "model": self.settings.model,
-            "messages": conversation,
-            "temperature": 0,
-            "max_tokens": self.settings.max_tokens,
-        }
-        url, why = f"{self.settings.url.rstrip('/')}/chat/completions", ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                self.pause(2.0**attempt)
-            try:
-                answer = self.client.post(url, json=body)
-            except httpx.HTTPError as error:
-                why = type(error).__name__
-                continue
-            if answer.status_code == 200:
-                return _content(answer, url)
-            why = f"status {answer.status_code}"
-            if answer.status_code not in RETRIED:
-                break
-        raise ConfigError(
-            f"evaluation.answers.judge: {url} does not answer as the judge {self.settings.model!r} ({why}); "
-            f"check url, model and the key in {self.settings.key_variable or 'key_variable'}"
-        )
-
-
-def _content(answer: httpx.Response, url: str) -> str:
-    try:
-        return str(answer.json()["choices"][0]["message"]["content"] or "")
-    except (ValueError, KeyError, IndexError, TypeError):
-        raise ConfigError(
-            f"evaluation.answers.judge: {url} answers, but not in the form of OpenAI's chat completions"
-        ) from None
+        return self.endpoint.reply(conversation)
 
 
 def messages(pair: Pair, first: str, second: str) -> list[dict[str, str]]:

@@ -21,8 +21,8 @@ from lib.evaluation import lists, logged
 from lib.evaluation.classification import MODEL, Measured, Subject
 from lib.evaluation.deciding import deciding
 from lib.evaluation.intervals import Additive, bootstrap_sums, interval
+from lib.recommender import index, ranks, rivals
 from lib.recommender import items as catalogue
-from lib.recommender import ranks, rivals
 from lib.recommender.items import Scale
 from lib.recommender.queries import asked, read_split, sequences_of
 from lib.recommender.ranker import candidates
@@ -32,6 +32,8 @@ from lib.settings import ServingSettings, Settings
 DECIDING = "ndcg_10"
 MAY_DECIDE = ("ndcg_10", "hr_10", "mrr")
 RETRIEVAL, POPULARITY, TRANSITIONS = "retrieval", "popularity", "transitions"
+# Among a report's methods: how the items of a large catalogue are found when it is served; the figures are of all items looked at.
+INDEX = "index"
 # Rows that are ranked at a time: their scores are float32 [ROWS, N].
 ROWS_AT_ONCE = 256
 
@@ -163,6 +165,9 @@ def measure(
     scorers = model_scorers(model_uri, dataset, settings.serving) | rival_scorers(dataset)
     ranked = {name: rank(scorer, known, targets) for name, scorer in scorers.items()}
     measured = report(subject, dataset, rows, known, targets, places, ranked, settings, metric)
+    if (told := index.told(model_uri)) is not None:
+        methods = measured.report.methods | {INDEX: str(told)}
+        measured = replace(measured, report=replace(measured.report, methods=methods))
     if not shown:
         return measured
     earned = logged.estimate(shown, _lists_for(shown, scorers[MODEL], dataset))

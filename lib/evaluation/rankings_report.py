@@ -10,6 +10,7 @@ from lib import pages
 from lib.artifacts import EvalReport
 from lib.evaluation import plots
 from lib.evaluation.classification import MODEL, Measured
+from lib.evaluation.rankings import INDEX
 from lib.evaluation.report import PREDICTIONS
 from lib.evaluation.text import table
 
@@ -46,6 +47,7 @@ def render(report: EvalReport) -> str:
             f"{HEADINGS[report.deciding]} above {name}: {value:+.4f} (95% interval {low:+.4f} to {high:+.4f})"
             for name, (value, low, high) in report.differences.items()
         ),
+        _served(report),
         _earned(report),
         *(
             table(
@@ -59,6 +61,11 @@ def render(report: EvalReport) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _served(report: EvalReport) -> str:
+    """How the items of a large catalogue are found, which the figures do not depend on."""
+    return f"served through an {report.methods[INDEX]}" if INDEX in report.methods else ""
 
 
 def _earned(report: EvalReport) -> str:
@@ -91,6 +98,7 @@ def write(measured: Measured, folder: Path) -> None:
         systems=systems(report),
         headings={key: heading for key, heading in HEADINGS.items() if key in report.metrics},
         sliced=SLICED,
+        served=_served(report),
         earned=_earned(report),
         figure=pages.embedded(png),
     )

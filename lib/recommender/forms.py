@@ -98,7 +98,8 @@ class Recommended(Named):
     score: float
     """A logit: higher is better."""
     probability: float
-    """Of being what the user turns to next, among all items that may be shown."""
+    """Of being what the user turns to next, among all items that may be shown; where an index is asked, what the items that it
+    did not read have of it is estimated."""
     propensity: float
     """How likely it was to be shown at this place; below 1 where the application explores."""
     reason: Reason

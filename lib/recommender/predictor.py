@@ -4,6 +4,7 @@
     items-*.parquet                    the catalogue: item, title, text, categories, numbers, interactions, vector, bias
     signals.safetensors, texts.npy     what the ranker reads of items (lib.recommender.signals)
     ranker.json                        the ranker, where there is one (lib.recommender.ranker)
+    index.safetensors, index.json      of a large catalogue, what its best are found by (lib.recommender.index)
     encoder/                           the text encoder, which items that come later are read by
 
 Shapes: B histories, N items, W width.
@@ -26,10 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import storage
-from lib.artifacts import PICKLES, TaskFile, check_model_directory
+from lib.artifacts import PICKLES, DatasetRef, TaskFile, check_model_directory
 from lib.errors import ModelError
+from lib.recommender import index, queries, ranker, signals
 from lib.recommender import items as catalogue
-from lib.recommender import queries, ranker, signals
 from lib.recommender.items import Scale
 from lib.recommender.model import TEXT_SCALE, Facts, Recommender, Shape, gap_codes
 from lib.recommender.ranker import Ranker
@@ -217,6 +218,8 @@ def save(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
             pq.write_table(part, folder / f"items-{number:05d}.parquet", compression="zstd")
     if model.config.recommender.ranker != "none":
         _save_ranker(model, np.concatenate(texts) if texts else None, folder)
+    if len(rows) > model.config.recommender.exact_items:
+        _save_index(model.dataset, folder)
 
 
 def write(model: Any, base: Path, info: TaskFile, folder: Path) -> None:
@@ -268,6 +271,23 @@ def _save_ranker(model: Any, texts: np.ndarray | None, folder: Path) -> None:
         )
     else:
         fitted.write(folder)
+
+
+def _save_index(dataset: DatasetRef, folder: Path) -> None:
+    """As good as validation's users need it."""
+    predictor = load(folder, ServingSettings())
+    rows = queries.read_split(dataset, "validation")
+    chosen = np.sort(np.random.default_rng(0).permutation(len(rows))[: index.ASKED])
+    known = [one for one in queries.asked(rows.take(pa.array(chosen)))[0] if len(one["items"])][: index.ASKED]
+    if not known:
+        print(
+            "no index: nobody in validation has a history to measure it by; all items are looked at",
+            flush=True,
+        )
+        return
+    users = predictor.users([history_of(one) for one in known])
+    had = [one["items"] for one in known]
+    print(index.make(predictor.vectors, predictor.bias, users, had, folder), flush=True)
 
 
 def load(folder: Path, serving: ServingSettings) -> Predictor:

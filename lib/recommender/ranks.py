@@ -79,7 +79,7 @@ def place(scores: np.ndarray, target: int, had: np.ndarray, known: np.ndarray) -
     others[: len(ahead)] = ahead
     mine = left[same]
     among = 1 + (mine > own).sum() + ((mine == own).sum() - 1) / 2
-    return Place(float(among), others, not known[target], _log_sum(left[~known]) - _log_sum(left[known]))
+    return Place(float(among), others, not known[target], log_sum(left[~known]) - log_sum(left[known]))
 
 
 def stacked(places: Sequence[Place]) -> dict[str, np.ndarray]:
@@ -114,7 +114,7 @@ def ranked(places: dict[str, np.ndarray], bias: float) -> np.ndarray:
     return np.asarray(places["own"] + (ahead > 0).sum(1) + (ahead == 0).sum(1) / 2)
 
 
-def _log_sum(values: np.ndarray) -> float:
+def log_sum(values: np.ndarray) -> float:
     """log Σ exp; -inf of none."""
     top = values.max(initial=-np.inf)
     return float(top + np.log(np.exp(values - top).sum())) if np.isfinite(top) else -np.inf

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lib.recommender.index import Aim, Index, Near
 from lib.settings import OfferSettings
 
 GROWTH = 1.5
@@ -21,6 +22,9 @@ WORD = re.compile(r"\w{4,}")
 REASONS, ALIKE = 2, 0.1
 # How much less an item of the history is a reason for each one that came after it.
 FADES = 0.98
+# An index is not asked for more than this share of all items, nor where so few times what it would read may be shown: then
+# all of those are looked at.
+MOST_READ, FEW = 0.25, 2
 
 
 @dataclass(frozen=True)
@@ -82,18 +86,30 @@ class Pool:
 
 class Shelf:
     """Rows are never taken away: what is not on offer any more is not available. One thread may `put` while others ask:
-    they see an item when all of it is there."""
+    they see an item when all of it is there.
 
-    def __init__(self, items: Sequence[Item], vectors: np.ndarray, bias: np.ndarray) -> None:
+    With an `index` of the items that it begins with, the best are looked for there, and among those that came or changed
+    since."""
+
+    def __init__(
+        self, items: Sequence[Item], vectors: np.ndarray, bias: np.ndarray, index: Index | None = None
+    ) -> None:
         self.items: list[Item] = []
         self.row: dict[str, int] = {}
         """Id → row."""
         self._vectors, self._bias = vectors[:0].copy(), bias[:0].copy()
+        self._norms = np.zeros(0, np.float32)
         self._available = np.zeros(0, bool)
         self._rows_of: dict[str, list[int]] = {}
+        # The same, as they are asked for.
+        self._asked: dict[str, np.ndarray] = {}
         self._numbers = np.zeros((0, max((len(i.numbers) for i in items), default=0)), np.float32)
         self._changing = threading.Lock()
+        self.index: Index | None = None
         self.put(items, vectors, bias)
+        self.index = index
+        # Rows that the index has otherwise, and the others of its rows.
+        self._changed, self._same = np.zeros(0, np.int64), np.ones(0 if index is None else len(index), bool)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -113,9 +129,12 @@ class Shelf:
         with self._changing:
             new = sum(item.id not in self.row for item in {item.id: item for item in items}.values())
             self._grow(len(self.items) + new)
-            for item, vector, one in zip(items, vectors, bias, strict=True):
+            norms = np.linalg.norm(vectors, axis=1)
+            for item, vector, one, norm in zip(items, vectors, bias, norms, strict=True):
                 row = self.row.get(item.id, len(self.items))
-                self._vectors[row], self._bias[row] = vector, one
+                if self.index is not None and row < len(self.index):
+                    self._differs(row, vector, one)
+                self._vectors[row], self._bias[row], self._norms[row] = vector, one, norm
                 self._numbers[row, : len(item.numbers)] = item.numbers[: self._numbers.shape[1]]
                 self._available[row] = item.available
                 known = set(self.items[row].categories) if row < len(self.items) else set()
@@ -123,17 +142,26 @@ class Shelf:
                     self._rows_of[name] = [r for r in self._rows_of[name] if r != row]
                 for name in set(item.categories) - known:
                     self._rows_of.setdefault(name, []).append(row)
+                for name in known ^ set(item.categories):
+                    self._asked.pop(name, None)
                 if row == len(self.items):
                     self.items.append(item)
                 else:
                     self.items[row] = item
                 self.row[item.id] = row
 
+    def _differs(self, row: int, vector: np.ndarray, one: float) -> None:
+        """Take note of what a row of the index becomes."""
+        same = self._bias[row] == one and np.array_equal(self._vectors[row], vector)
+        if self._same[row] and not same:
+            self._changed = np.append(self._changed, row)
+            self._same[row] = False
+
     def _grow(self, size: int) -> None:
         if size <= len(self._bias):
             return
         room = max(size, int(len(self._bias) * GROWTH))
-        for name in ("_vectors", "_bias", "_available", "_numbers"):
+        for name in ("_vectors", "_bias", "_norms", "_available", "_numbers"):
             old = getattr(self, name)
             larger = np.zeros((room, *old.shape[1:]), old.dtype)
             larger[: len(old)] = old
@@ -150,7 +178,7 @@ class Shelf:
         for column, values in filters.categories.items():
             inside = np.zeros(count, bool)
             for value in values:
-                rows = np.array(self._rows_of.get(f"{column}={value}", []), np.int64)
+                rows = self._having(f"{column}={value}")
                 inside[rows[rows < count]] = True
             found &= inside
         for place, (least, most) in filters.numbers.items():
@@ -158,6 +186,16 @@ class Shelf:
             found &= (own >= least) & (own <= most)
         rows = np.fromiter(out, np.int64)
         found[rows[rows < count]] = False
+        return found
+
+    def _having(self, name: str) -> np.ndarray:
+        """int64: rows of a category."""
+        found = self._asked.get(name)
+        if found is None:
+            with self._changing:
+                found = np.array(self._rows_of.get(name, []), np.int64)
+                if len(found):  # not whatever clients ask for
+                    self._asked[name] = found
         return found
 
     def pool(self, scores: np.ndarray, allowed: np.ndarray, most: int, chances: bool = True) -> Pool:
@@ -171,6 +209,49 @@ class Shelf:
             return Pool(best, worth, np.zeros(size))
         weights = np.exp(own - worth[0].astype(own.dtype))
         return Pool(best, worth, weights[best] / float(weights.sum()))
+
+    def near(
+        self, user: np.ndarray, allowed: np.ndarray, most: int, had: int = 0, chances: bool = True
+    ) -> Pool:
+        """As `pool` of the scores of a user [W], found by the index: some of the best may be missing, and what the softmax
+        divides by is exact for what was read and estimated for the rest (`lib.recommender.index.Near`). `had` is how many
+        items are not `allowed` because the user had them, which stand among the best."""
+        found = self._candidates(Aim.user(user), allowed, most + had)
+        best = _best(found.worth, most)
+        own = found.worth[best].astype(np.float64)
+        if not len(best) or not chances:
+            return Pool(found.rows[best], own, np.zeros(len(best)))
+        return Pool(found.rows[best], own, np.exp(own - found.log_sum()))
+
+    def best(self, aim: Aim, allowed: np.ndarray, most: int, had: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """The rows [P] that are worth most, at most `most` of those `allowed`, the best first; and what they are worth. `had`
+        as `near` has it."""
+        found = self._candidates(aim, allowed, most + had)
+        best = _best(found.worth, most)
+        return found.rows[best], found.worth[best]
+
+    def _candidates(self, aim: Aim, allowed: np.ndarray, most: int) -> Near:
+        """Those of `allowed` among which the best `most` are: what the index says, and what came or changed since; all, where
+        there is no index or it would not be quicker."""
+        if self.index is not None:
+            changed, inside = self._changed, len(self.index)
+            enough = self.index.enough(most)
+            listed = allowed[:inside] & self._same if len(changed) else allowed[:inside]
+            if np.count_nonzero(listed) > FEW * enough:
+                near = self.index.near(aim, listed, enough, MOST_READ * inside)
+                if near is not None:
+                    fresh = np.concatenate([changed, np.arange(inside, len(allowed))])
+                    fresh = fresh[allowed[fresh]]
+                    worth = np.concatenate([near.worth, self._worth(aim, fresh)])
+                    return Near(np.concatenate([near.rows, fresh]), worth, near.log_rest)
+        rows = np.flatnonzero(allowed)
+        # Copied out they are read at random, which costs more than to read all.
+        if 2 * len(rows) > len(allowed):
+            return Near(rows, self._worth(aim, slice(len(allowed)))[rows], -np.inf)
+        return Near(rows, self._worth(aim, rows), -np.inf)
+
+    def _worth(self, aim: Aim, rows: np.ndarray | slice) -> np.ndarray:
+        return aim.worth(self._vectors[rows], self._bias[rows], self._norms[rows])
 
     def pick(
         self, pool: Pool, k: int, rules: OfferSettings, diversity: float, random: np.random.Generator
@@ -218,13 +299,31 @@ class Shelf:
 
     def similar(self, row: int, k: int, allowed: np.ndarray) -> list[tuple[int, float]]:
         """Rows of the items most like that of `row` among those allowed, and the cosine of their vectors."""
-        count = len(allowed)
-        vectors = self._vectors[:count]
-        norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(vectors[row])
-        cosines = np.where(allowed, vectors @ vectors[row] / np.maximum(norms, 1e-12), -np.inf)
-        cosines[row] = -np.inf
-        best = np.argsort(-cosines, kind="stable")[:k]
-        return [(int(r), float(cosines[r])) for r in best if np.isfinite(cosines[r])]
+        others = allowed.copy()
+        others[row] = False
+        rows, cosines = self.best(Aim.alike(self._vectors[row]), others, k)
+        return list(zip(rows.tolist(), cosines.tolist(), strict=True))
+
+    def search(
+        self, meaning: np.ndarray, user: np.ndarray, taste: float, allowed: np.ndarray, k: int, had: int = 0
+    ) -> list[tuple[int, float, float]]:
+        """Rows by the cosine to `meaning` [W] and by a user's scores, each standardised over all items; their worth, of which
+        `taste` is the user's part, and their cosines. `had` as `near` has it."""
+        words, drawn = Aim.alike(meaning), Aim.user(user)
+        (usual, spread), (own, own_spread) = (self._spread(aim, len(allowed)) for aim in (words, drawn))
+        both = drawn.blended(taste / own_spread, words, (1 - taste) / spread)
+        rows, worth = self.best(both, allowed, k, had)
+        worth = worth - (taste * own / own_spread + (1 - taste) * usual / spread)
+        return list(zip(rows.tolist(), worth.tolist(), self._worth(words, rows).tolist(), strict=True))
+
+    def _spread(self, aim: Aim, count: int) -> tuple[float, float]:
+        """Mean and standard deviation of what all items are worth; the index tells it of those that it has."""
+        if self.index is not None:
+            mean, spread = self.index.spread(aim)
+        else:
+            worth = self._worth(aim, slice(count))
+            mean, spread = float(worth.mean()), float(worth.std())
+        return mean, max(spread, 1e-9)
 
     def reasons(self, rows: Sequence[int], history: Sequence[int]) -> list[tuple[list[int], list[str]]]:
         """For each of the rows: those of the history whose items are most like its item, the latest counting most; and
@@ -248,3 +347,10 @@ class Shelf:
         """Categories, and words of the title, which have no `=`."""
         item = self.items[row]
         return [*item.categories, *item.words]
+
+
+def _best(worth: np.ndarray, most: int) -> np.ndarray:
+    """Places of the `most` highest, the highest first."""
+    size = min(len(worth), most)
+    best = np.argpartition(-worth, size - 1)[:size] if size else np.zeros(0, np.int64)
+    return np.asarray(best[np.argsort(-worth[best], kind="stable")])

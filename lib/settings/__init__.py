@@ -6,6 +6,7 @@ wrong types and impossible values end in one line that names the key (ConfigErro
 nor ray, so that `--help` and a mistake in a file answer in milliseconds.
 """
 
+from lib.settings.augmentation import AugmentSettings, EditSettings, WriterSettings
 from lib.settings.cleaning import (
     Bounds,
     CleanSettings,
@@ -13,8 +14,11 @@ from lib.settings.cleaning import (
     NearSettings,
     QuarantineSettings,
     RepetitionSettings,
+    SemanticSettings,
 )
 from lib.settings.data import DataSettings, HeadSettings, Labelled, Part, SourceSettings
+from lib.settings.embedding import EmbedderSettings
+from lib.settings.endpoint import EndpointSettings
 from lib.settings.evaluation import (
     REFUSALS,
     AnswerSettings,
@@ -24,6 +28,7 @@ from lib.settings.evaluation import (
     PromotionSettings,
 )
 from lib.settings.knowledge import GroundingSettings, KnowledgeSettings, SearchSettings
+from lib.settings.labelling import ChatLabels, EmbeddingLabels, LabelSettings, NoiseSettings, RuleSettings
 from lib.settings.loading import describe, load_settings, override, parse_overrides
 from lib.settings.monitoring import MonitoringSettings, OpinionColumns, PlantSettings, WebhookSettings
 from lib.settings.planning import PlanSettings
@@ -61,14 +66,20 @@ __all__ = [
     "AccessSettings",
     "AdapterSettings",
     "AnswerSettings",
+    "AugmentSettings",
     "Behaviour",
     "Bounds",
     "CanarySettings",
     "ChatEngineSettings",
+    "ChatLabels",
     "CleanSettings",
     "CurationSettings",
     "DataSettings",
     "Dimension",
+    "EditSettings",
+    "EmbedderSettings",
+    "EmbeddingLabels",
+    "EndpointSettings",
     "EvaluationSettings",
     "EventSettings",
     "GroundingSettings",
@@ -77,6 +88,7 @@ __all__ = [
     "ItemSettings",
     "JudgeSettings",
     "KnowledgeSettings",
+    "LabelSettings",
     "Labelled",
     "LengthSettings",
     "LogSettings",
@@ -84,6 +96,7 @@ __all__ = [
     "MonitoringSettings",
     "NameSettings",
     "NearSettings",
+    "NoiseSettings",
     "OfferSettings",
     "OpinionColumns",
     "Part",
@@ -95,8 +108,10 @@ __all__ = [
     "RecommenderSettings",
     "RedactionSettings",
     "RepetitionSettings",
+    "RuleSettings",
     "ScoreSettings",
     "SearchSettings",
+    "SemanticSettings",
     "ServingSettings",
     "Settings",
     "SourceSettings",
@@ -105,6 +120,7 @@ __all__ = [
     "TuningSettings",
     "UserSettings",
     "WebhookSettings",
+    "WriterSettings",
     "describe",
     "load_settings",
     "override",

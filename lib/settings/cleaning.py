@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from lib.settings.embedding import EmbedderSettings
 from lib.settings.sections import Positive, Section, Share
+
+
+class SemanticSettings(EmbedderSettings):
+    """Near duplicates by what texts mean: rows whose vectors point the same way (`lib.data.semantic`)."""
+
+    threshold: Annotated[float, Field(ge=0.7, le=1)] = 0.95
+    """Cosine of two texts' vectors from which on they are near duplicates."""
 
 
 class QuarantineSettings(Section):
@@ -34,6 +42,8 @@ class NearSettings(Section):
     """Which row of a cluster stays: the first in source order, that of the longest text, or that of the largest `column`."""
     column: str | None = None
     """Of the source: numbers by which a row is the best; an empty one is below all others."""
+    semantic: SemanticSettings | None = None
+    """Texts that say the same in other words are near duplicates too; an encoder reads every row once."""
 
     @model_validator(mode="after")
     def _column(self) -> NearSettings:

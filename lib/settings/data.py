@@ -15,10 +15,13 @@ from pydantic import (
 )
 
 from lib.errors import nearest
+from lib.settings.augmentation import AugmentSettings
 from lib.settings.cleaning import CleanSettings, NearSettings, QuarantineSettings
+from lib.settings.labelling import NoiseSettings
 from lib.settings.recommend import InteractionSettings, ItemSettings, UserSettings
 from lib.settings.redaction import RedactionSettings, switched
-from lib.settings.sections import Format, Name, Positive, Section, Share
+from lib.settings.sections import Format, Name, Positive, Section
+from lib.settings.splitting import Split
 
 # Columns of a dataset that the tasks fill; a slice may not take their place.
 RESERVED_COLUMNS = {
@@ -48,6 +51,11 @@ RESERVED_COLUMNS = {
     "problem",
     "bad",
     "worth",
+    # Of rows that were made of others (lib/data/augment).
+    "augmented_from",
+    "augmented_by",
+    "split.group",
+    "split.time",
 }
 
 
@@ -188,27 +196,6 @@ Sources = Annotated[
 ]
 
 
-class Split(Section):
-    """Shares of the rows; a row's place depends on its text and the seed alone.
-
-    A split with a source of its own takes no part: the others share the rows in the same proportion.
-    """
-
-    train: Share = 0.8
-    validation: Share = 0.1
-    test: Share = 0.1
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _whole(self) -> Split:
-        total = self.train + self.validation + self.test
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"train + validation + test must be 1, not {total:g}")
-        if self.train == 0:
-            raise ValueError("train must be above 0")
-        return self
-
-
 class DataSettings(Labelled):
     """From raw rows to a dataset (`jobs.preprocess`)."""
 
@@ -245,6 +232,8 @@ class DataSettings(Labelled):
     """check: near duplicates fall into one split, and a row that resembles one of a given split behind its own (train,
     validation, test) is left out. report: such rows are counted, and stay where they are."""
     clean: CleanSettings = CleanSettings()
+    label_noise: NoiseSettings = NoiseSettings()
+    """sentiment: which training rows are most likely labelled wrongly."""
     slices: dict[str, str] = {}
     """Name → source column: carried along so that evaluation reports each value on its own."""
     limit: Positive | None = None
@@ -253,6 +242,8 @@ class DataSettings(Labelled):
     undersample: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     """Label → share of its training rows that is kept, where one class outnumbers the others; validation and
     test stay as they are."""
+    augment: AugmentSettings | None = None
+    """New training rows, made of those that there are."""
     rows_per_shard: Positive = 20_000
     items: ItemSettings | None = None
     """recommend: the catalogue."""
@@ -297,6 +288,19 @@ class DataSettings(Labelled):
         return self
 
     @model_validator(mode="after")
+    def _split(self) -> DataSettings:
+        if self.parts and self.split.by != "random":
+            raise ValueError("split: each of the parts is split by itself; say there how")
+        if self.parts and self.augment:
+            raise ValueError("augment: each of the parts is augmented by itself; say there how")
+        for name in self.split.dates:
+            if name in self.sources:
+                raise ValueError(
+                    f"split.{name}_from would leave nothing to {name}_source, which gives the {name} split; leave one out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _labels_or_heads(self) -> DataSettings:
         if self.heads and self.labels:
             raise ValueError("give labels or heads, not both")
@@ -306,6 +310,16 @@ class DataSettings(Labelled):
     def _near(self) -> DataSettings:
         if self.near.duplicates == "drop" and self.duplicates == "keep":
             raise ValueError("near.duplicates: drop would leave the exact ones; set duplicates: drop too")
+        if self.near.semantic is not None and self.near.duplicates == "keep" and not self.checks_leakage:
+            raise ValueError(
+                "near.semantic: nothing is compared; set near.duplicates: drop, or leakage: check with several splits"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _balance(self) -> DataSettings:
+        if self.augment and self.augment.balance and self.heads:
+            raise ValueError("augment.balance: a row of several heads has no single label; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -353,11 +367,12 @@ class DataSettings(Labelled):
 
     @property
     def shares(self) -> dict[str, float]:
-        """Split → its share of `source`; 0 for a split with a source of its own. They sum to 1."""
-        shares = {
-            name: 0.0 if name in self.sources else getattr(self.split, name)
-            for name in ("train", "validation", "test")
-        }
+        """Split → its share of `source`; 0 for a split with a source of its own. They sum to 1. Where splits begin at dates,
+        nobody knows their shares: those that have rows at all have the same."""
+        given = {name: getattr(self.split, name) for name in ("train", "validation", "test")}
+        if self.split.dates:
+            given = {name: float(name == "train" or name in self.split.dates) for name in given}
+        shares = {name: 0.0 if name in self.sources else share for name, share in given.items()}
         return {name: share / sum(shares.values()) for name, share in shares.items()}
 
     @property

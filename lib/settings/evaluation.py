@@ -12,6 +12,7 @@ from pydantic import (
 )
 
 from lib.errors import nearest
+from lib.settings.endpoint import EndpointSettings
 from lib.settings.sections import Name, Positive, Section, Share
 
 
@@ -95,19 +96,13 @@ REFUSALS = [
 """Openings and phrases by which English models decline; apostrophes may be missing."""
 
 
-class JudgeSettings(Section):
+class JudgeSettings(EndpointSettings):
     """A model behind an OpenAI-compatible endpoint that compares answers, each pair in both orders."""
 
-    url: str
-    """Up to and with the version, such as http://127.0.0.1:8000/v1."""
-    model: str
     key_variable: str = "WHORL_JUDGE_KEY"
     """Environment variable that holds the key; empty for an endpoint that wants none."""
     pairs: Positive = 100
     """Generated answers that are judged at most."""
-    concurrency: Positive = 4
-    max_tokens: Positive = 512
-    timeout_s: Annotated[float, Field(gt=0)] = 120
 
 
 class AnswerSettings(Section):

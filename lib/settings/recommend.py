@@ -94,3 +94,6 @@ class OfferSettings(Section):
     other models would have earned."""
     pool: Annotated[int, Field(ge=10)] = 200
     """The best items, from which diversity, caps and exploration choose."""
+    least_recall: Share = 0.95
+    """How many of the exact answer's best a model directory's index must have found when it was measured
+    (`model.recommender.exact_items`); of one that found fewer no use is made: each request looks at all items."""

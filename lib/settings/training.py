@@ -47,6 +47,9 @@ class RecommenderSettings(Section):
     training; none: the retrieval's order is the answer."""
     ranker_from: str | None = None
     """URI of the model directory whose ranker is taken, where validation can teach none (`data.interactions.refit`)."""
+    exact_items: Annotated[int, Field(ge=0)] = 100_000
+    """A request looks at all items of a catalogue of so many or fewer. One that has more gets an index at export, which reads
+    a small part of them, and a replica holds a second copy of its vectors (`lib.recommender.index`)."""
 
     @model_validator(mode="after")
     def _heads(self) -> RecommenderSettings:

@@ -13,6 +13,7 @@ from lib.errors import nearest
 from lib.settings.data import DataSettings
 from lib.settings.evaluation import EvaluationSettings, PromotionSettings
 from lib.settings.knowledge import KnowledgeSettings
+from lib.settings.labelling import LabelSettings
 from lib.settings.monitoring import MonitoringSettings
 from lib.settings.planning import PlanSettings
 from lib.settings.scoring import ScoreSettings
@@ -38,6 +39,7 @@ class Settings(Section):
     serving: ServingSettings = ServingSettings()
     curation: CurationSettings = CurationSettings()
     score: ScoreSettings = ScoreSettings()
+    label: LabelSettings = LabelSettings()
     knowledge: KnowledgeSettings = KnowledgeSettings()
     monitoring: MonitoringSettings | None = None
     """None: the application takes no opinions."""
@@ -104,6 +106,12 @@ class Settings(Section):
                 )
             heads = list(self.data.heads.values())
             self.monitoring.check_labels(heads[0].label_names if heads else self.data.label_names)
+        return self
+
+    @model_validator(mode="after")
+    def _labelled(self) -> Settings:
+        sizes = [len(head.label_names) for head in self.data.heads.values()]
+        self.label.check_labels(self.data.class_names, max([*sizes, len(self.data.label_names)]))
         return self
 
     @model_validator(mode="after")

@@ -99,6 +99,8 @@ class Task(Protocol):
     TEXTS: frozenset[str]
     """Columns of the source, by their names here, that hold what people wrote: personal data is taken out of them, and
     `data.clean` mends and judges them."""
+    AUGMENTED: frozenset[str]
+    """Methods of `data.augment` that leave a row's labels right; a task without it takes none."""
     BASELINE: Literal["tfidf", "lookup"]
     """What the task is compared with beside the most frequent class (`lib.evaluation.baselines`)."""
 

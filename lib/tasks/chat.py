@@ -30,6 +30,7 @@ from lib.encoders import IGNORED
 from lib.errors import ConfigError, RequestError
 from lib.labels import MISSING
 from lib.settings import DataSettings, ModelSettings, ScoreSettings, ServingSettings, Settings
+from lib.settings.augmentation import METHODS
 from lib.tasks import Asked, Prepared, UnencodableError, is_good
 from lib.text import normalise
 
@@ -46,6 +47,7 @@ JUDGED: Literal["classes", "answers"] = "answers"
 METRIC = "loss"
 LISTS = frozenset({"messages", "conversations"})
 TEXTS = frozenset({name for names in dialogues.FORMS.values() for name in names})
+AUGMENTED = frozenset(METHODS)
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 SHOWN_CHARS = 160
 # What a client gets that does not say how much it wants.

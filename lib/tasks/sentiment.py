@@ -28,6 +28,7 @@ from lib.errors import ConfigError
 from lib.heads import Head
 from lib.labels import MISSING, UNKNOWN, Mapping
 from lib.settings import DataSettings, ModelSettings, ScoreSettings, ServingSettings, Settings
+from lib.settings.augmentation import METHODS
 from lib.tasks import Asked, Prepared, is_good
 from lib.text import is_empty, normalise
 
@@ -45,6 +46,7 @@ PACKS = False
 METRIC = "macro_f1"
 LISTS: frozenset[str] = frozenset()
 TEXTS = frozenset({"text"})
+AUGMENTED = frozenset(METHODS)
 BASELINE: Literal["tfidf", "lookup"] = "tfidf"
 SHOWN_CHARS = 100
 

@@ -73,6 +73,7 @@ PACKS = False
 METRIC = "macro_f1"
 LISTS = frozenset({"tokens", "tags"})
 TEXTS = frozenset({"tokens"})
+AUGMENTED = frozenset({"synonyms", "delete", "spelling"})
 BASELINE: Literal["tfidf", "lookup"] = "lookup"
 
 

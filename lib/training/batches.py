@@ -39,6 +39,8 @@ NOT_TRAINED = (
     "fresh",
     "item_names",
     "item_titles",
+    "augmented_from",
+    "augmented_by",
 )
 
 

@@ -1,6 +1,6 @@
 """Raw Parquet to tokenised shards: this project beside Hugging Face `datasets`, at 230,000 and 1,000,000 reviews.
 
-    make bench-preprocess        (python -m tests.bench.preprocess [--rows 230000 1000000])
+    make bench-preprocess        (python -m tests.bench.preprocess [--rows 230000 1000000] [--whole 100000 1000000 3000000])
 
 Both read the same Parquet file, cut at the same length and write Parquet. Ours is the whole pipeline: read
 twice, normalise, drop empty and duplicate rows, map labels, split, tokenise. The rival only tokenises, with
@@ -16,36 +16,30 @@ Processor time is that of all of a side's processes from first to last, start-up
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from lib import storage
 from lib.base_models import base_directory
 from lib.data.dedup import hash_texts, row_ids
 from lib.samples import sample_path
 from lib.text import normalise
+from tests.bench import preprocess_whole
 from tests.bench.environments import rival_python
+from tests.bench.measuring import MIB, OUR_PROGRAM, measure
 from tests.bench.report import Report
 
 BASE = "sample://minilm-l6"
 MAX_LENGTH = 128
 # The rival, and what it needs that we have not.
 RIVAL = ("datasets==5.2.0", "dill==0.4.1", "multiprocess==0.70.19", "xxhash==4.1.0")
-MIB = 1 << 20
 
 RIVAL_PROGRAM = """
 import json, sys, time
@@ -67,51 +61,48 @@ rows.map(encode, batched=True, num_proc=2).to_parquet(out + "/rows.parquet")
 print(json.dumps({"seconds": time.perf_counter() - start}))
 """
 
-OUR_PROGRAM = """
-import json, sys, time
-from lib.command import connect
-from lib.data.plan import plan
-from lib.settings import load_settings
-
-connect()
-from lib.data.build import build
-
-start = time.perf_counter()
-manifest = build(plan(load_settings(sys.argv[1])), say=lambda line: None)
-print(json.dumps({"seconds": time.perf_counter() - start, "manifest": manifest}))
-"""
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[230_000, 1_000_000])
-    sizes = parser.parse_args().rows
-    python = rival_python("datasets", *RIVAL)
+    parser.add_argument("--rows", type=int, nargs="*", default=[230_000, 1_000_000], help="only tokenised")
+    parser.add_argument(
+        "--whole", type=int, nargs="*", default=[100_000, 1_000_000, 3_000_000], help="all steps"
+    )
+    given = parser.parse_args()
     report = Report("preprocess")
-    peaks: dict[str, list[float]] = {"ours": [], "theirs": []}
     with tempfile.TemporaryDirectory(prefix="whorl-bench-") as scratch:
-        for rows in sizes:
-            source = reviews(Path(scratch) / f"reviews-{rows}.parquet", rows)
-            ours = measure_ours(source, Path(scratch) / f"ours-{rows}")
-            theirs = measure_theirs(python, source, Path(scratch) / f"theirs-{rows}")
-            target = 1.0 if rows == max(sizes) else None
-            case = f"{rows:,} reviews"
-            report.row(case, rows / ours["seconds"], unit="rows/s", rival="datasets.map", target=target,
-                       theirs=rows / theirs["seconds"])  # fmt: skip
-            for key, what in (("process", "largest process"), ("all", "all processes")):
-                report.row(f"{case}: {what}", ours[key] / MIB, unit="MiB", rival="datasets.map",
-                           theirs=theirs[key] / MIB, higher_is_better=False)  # fmt: skip
-            report.row(f"{case}: processor time", ours["cpu"], unit="s", rival="datasets.map",
-                       theirs=theirs["cpu"], higher_is_better=False)  # fmt: skip
-            peaks["ours"].append(ours["process"])
-            peaks["theirs"].append(theirs["process"])
-            agreement = agreeing(ours["shards"], theirs["rows"])
-            report.row(f"{case}: same token ids", agreement, unit="of 1", target=1.0)
+        if given.rows:
+            compare(report, given.rows, Path(scratch))
+        if given.whole:
+            preprocess_whole.compare(report, given.whole, Path(scratch))
+    report.finish()
+
+
+def compare(report: Report, sizes: list[int], scratch: Path) -> None:
+    """Tokenising alone, beside what only tokenises."""
+    python = rival_python("datasets", *RIVAL)
+    peaks: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for rows in sizes:
+        source = reviews(scratch / f"reviews-{rows}.parquet", rows)
+        ours = measure_ours(source, scratch / f"ours-{rows}")
+        theirs = measure_theirs(python, source, scratch / f"theirs-{rows}")
+        target = 1.0 if rows == max(sizes) else None
+        case = f"{rows:,} reviews"
+        report.row(case, rows / ours["seconds"], unit="rows/s", rival="datasets.map", target=target,
+                   theirs=rows / theirs["seconds"])  # fmt: skip
+        for key, what in (("process", "largest process"), ("all", "all processes")):
+            report.row(f"{case}: {what}", ours[key] / MIB, unit="MiB", rival="datasets.map",
+                       theirs=theirs[key] / MIB, higher_is_better=False)  # fmt: skip
+        report.row(f"{case}: processor time", ours["cpu"], unit="s", rival="datasets.map",
+                   theirs=theirs["cpu"], higher_is_better=False)  # fmt: skip
+        peaks["ours"].append(ours["process"])
+        peaks["theirs"].append(theirs["process"])
+        agreement = agreeing(ours["shards"], theirs["rows"])
+        report.row(f"{case}: same token ids", agreement, unit="of 1", target=1.0)
     if len(sizes) > 1:
         growth = {side: values[-1] / values[0] for side, values in peaks.items()}
         report.row(f"largest process, {sizes[-1]:,} over {sizes[0]:,}", growth["ours"], unit="times",
                    target=1.15, higher_is_better=False)  # fmt: skip
-    report.finish()
 
 
 def reviews(path: Path, rows: int) -> Path:
@@ -135,7 +126,8 @@ def measure_ours(source: Path, folder: Path) -> dict[str, Any]:
     values = {
         "name": "bench",
         "task": "sentiment",
-        "data": {"source": str(source), "labels": labels},
+        # The copies of a review differ by their numbers alone: they are alike on purpose.
+        "data": {"source": str(source), "labels": labels, "leakage": "off"},
         "model": {"base": BASE, "max_length": MAX_LENGTH},
     }
     config.write_text(yaml.safe_dump(values))
@@ -161,50 +153,6 @@ def measure_theirs(python: str, source: Path, folder: Path) -> dict[str, Any]:
     # Two processes of one thread each: two of two threads would only contend.
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     return {**measure(words, environment), "rows": folder / "rows.parquet"}
-
-
-def measure(words: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    """Run a program; the JSON of its last line, the peaks of its processes' memory in bytes, and their
-    processor time in seconds."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            words, env=environment, cwd=storage.PROJECT, stdout=subprocess.PIPE, stderr=log, text=True
-        )
-        peak = {"process": 0.0, "all": 0.0, "cpu": 0.0}
-        sampler = threading.Thread(target=sample, args=(process, peak))
-        sampler.start()
-        out, _ = process.communicate()
-        sampler.join()
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{words[0]} failed ({process.returncode}):\n{out}\n{log.read()[-3000:]}")
-    return {**json.loads(out.splitlines()[-1]), **peak}
-
-
-def sample(process: subprocess.Popen[str], peak: dict[str, float], every_s: float = 0.5) -> None:
-    """Keep the peaks of memory, and the processor time, of a process and all that it started, until it ends."""
-    root = psutil.Process(process.pid)
-    cpu: dict[int, float] = {}
-    while process.poll() is None:
-        private, proportional = [0], [0]
-        with suppress(psutil.NoSuchProcess):
-            for member in [root, *root.children(recursive=True)]:
-                with suppress(psutil.Error, OSError):  # it has just ended
-                    times = member.cpu_times()
-                    cpu[member.pid] = times.user + times.system
-                    private.append(kilobytes(member.pid, "status", "RssAnon") << 10)
-                    proportional.append(kilobytes(member.pid, "smaps_rollup", "Pss") << 10)
-        peak["process"] = max(peak["process"], *private)
-        peak["all"] = max(peak["all"], sum(proportional))
-        peak["cpu"] = sum(cpu.values())
-        time.sleep(every_s)
-
-
-def kilobytes(pid: int, file: str, key: str) -> int:
-    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1])
-    return 0
 
 
 def agreeing(shards: list[Path], theirs: Path, rows: int = 2000) -> float:

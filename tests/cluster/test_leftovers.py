@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import local
+from cluster import local, nodes
 
 # As vLLM's engine does: another title, which takes the place of the environment, and deaf to SIGTERM.
 ENGINE = """
@@ -37,7 +37,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cluster.json"
     monkeypatch.setattr(local, "STATE", path)
     monkeypatch.setattr("lib.command.STATE", path)
-    monkeypatch.setattr(local, "temporary_folder", lambda: tmp_path / "ray")
+    monkeypatch.setattr(nodes, "temporary_folder", lambda: tmp_path / "ray")
     return path
 
 

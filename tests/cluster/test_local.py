@@ -161,8 +161,17 @@ def test_submitted_job_works_and_a_failed_one_shows_its_exit_code_and_its_line(c
     assert "error: mine.yaml: unknown key 'data.limt'; did you mean 'limit'?" in said
 
 
-def test_pipeline_from_a_csv_to_answers(copy: Copy) -> None:
-    done = copy.module("jobs.pipeline", "--config", "mine.yaml")
+@pytest.mark.parametrize(
+    ("job", "said"), [("jobs.finetune", "best validation:"), ("jobs.evaluate", "macro-F1")]
+)
+def test_other_stages_are_submitted_alike(copy: Copy, job: str, said: str) -> None:
+    done = copy.submit("python", "-m", job, "--config", "mine.yaml", "--training.epochs", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout
+
+
+def test_a_submitted_pipeline_goes_from_a_csv_to_answers(copy: Copy) -> None:
+    done = copy.submit("python", "-m", "jobs.pipeline", "--config", "mine.yaml")
     said = done.stdout + done.stderr
     assert done.returncode == 0, said[-5000:]
     for stage in ("preprocess", "finetune", "evaluate", "promote", "serve"):

@@ -19,7 +19,7 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import SPLITS
-from lib.data import near_passes, passes, stream
+from lib.data import near_passes, passes, shuffles, stream
 from lib.data.build import build
 from lib.data.plan import Plan, plan
 from lib.errors import DataError
@@ -290,7 +290,7 @@ def test_near_duplicates_lie_in_one_split_and_are_counted(
     # With other machines, smaller partitions, and clusters that no task could join alone.
     first = contents(checked.ref.uri)
     files.remove(checked.ref.uri)
-    monkeypatch.setattr(near_passes, "PARTITION_BYTES", 2000)
+    monkeypatch.setattr(shuffles, "PARTITION_BYTES", 2000)
     monkeypatch.setattr(near_passes.clusters, "LOCAL_LINKS", 0)
     for module in (passes, stream):
         monkeypatch.setattr(module, "parallel_tasks", lambda: 1)

@@ -15,7 +15,7 @@ from lib.data.blocks import ROW_BITS
 from lib.data.clusters import LEFT_OUT, components, drop_all_but_the_best, into_one_split
 from lib.data.dedup import Reason
 from lib.data.near import LINK
-from lib.data.split import assign
+from lib.data.split import Cuts, assign
 from lib.settings import DataSettings
 
 DATA = DataSettings.model_validate({"source": "a.csv", "labels": ["a", "b"]})
@@ -140,3 +140,12 @@ def test_what_is_like_a_row_of_a_later_given_split_is_left_out() -> None:
     # Given rows alone are left alone.
     assert into_one_split(members([VALIDATION, TEST], [VALIDATION] * 2), DATA, GIVEN).num_rows == 0
     assert into_one_split(rows.slice(0, 0), DATA, GIVEN).num_rows == 0
+
+
+def test_by_time_what_is_like_a_row_of_a_later_split_is_left_out_and_none_moves() -> None:
+    data = DataSettings.model_validate({"source": "a", "labels": ["x", "y"], "split": {"time": "t"}})
+    cuts = Cuts(np.zeros(1, np.int64), np.array([[100, 200]]))
+    rows = members([0, 1, 2, 3, 4, 5], [0, 0, 0, 3, 3, 5])
+    rows = rows.append_column("time", pa.array(np.array([250, 99, 150, 100, 120, 20])))
+    found = into_one_split(rows.take(pa.array([3, 1, 5, 0, 4, 2])), data, np.array([-1], np.int8), cuts)
+    assert found.to_pydict() == {"position": [1, 2], "place": [LEFT_OUT, LEFT_OUT]}

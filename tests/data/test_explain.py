@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +58,27 @@ def test_what_is_configured_is_told_and_nothing_else(tiny_base: Path, source: Pa
     assert "train 89%, validation 11%" in more["split"]
     assert more["split"].endswith("test given by files")
     assert "leakage" not in more
+
+
+@pytest.mark.parametrize(
+    ("split", "said"),
+    [
+        ({"group": "label"}, "train 80%, validation 10%, test 10%, rows with one 'label' together"),
+        ({"time": "label"}, "the latest by 'label' test"),
+        ({"time": "label", "test_from": "2024-03-01"}, "test from 2024-03-01, the latest by 'label' test"),
+        ({"stratified": True}, "each label in its share"),
+    ],
+)
+@pytest.mark.usefixtures("storage")
+def test_how_rows_are_split_is_told(tiny_base: Path, source: Path, split: dict[str, Any], said: str) -> None:
+    assert said in told(settings(tiny_base, str(source), split=split))["split"]
+
+
+@pytest.mark.usefixtures("storage")
+def test_what_is_made_for_training_is_told(tiny_base: Path, source: Path) -> None:
+    augment = {"swap": True, "delete": {"n_aug": 2}, "balance": {"to": "largest"}}
+    found = told(settings(tiny_base, str(source), augment=augment))["augment"]
+    assert found == "training rows alone: swap (1 a row), delete (2 a row); labels filled up to largest"
 
 
 @pytest.mark.usefixtures("storage")

@@ -195,7 +195,7 @@ def test_a_candidate_counts_where_it_is_like_enough() -> None:
 
     def rows(order: list[int]) -> pa.Table:
         position = pa.array([1, 2, 3, 9])  # row 9 has changed since: its first, 5, is not there
-        return pa.table({"a": [1, 1, 1, 5], "position": position, "sketch": alike}).take(pa.array(order))
+        return pa.table({"a": [1, 1, 1, 5], "position": position, "value": alike}).take(pa.array(order))
 
     for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
         assert near.verified(rows(order), 0.8).to_pydict() == {"a": [1, 1], "b": [2, 3]}

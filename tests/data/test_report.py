@@ -73,6 +73,16 @@ def test_the_page_says_what_the_manifest_says_and_runs_nothing() -> None:
     assert all(png.startswith(b"\x89PNG") for png in drawn.values())
 
 
+def test_the_page_tells_of_splits_and_of_new_rows_where_there_are_any() -> None:
+    bare = report.render_page(manifest(split={"by": "random"}), {})
+    assert "Split by" not in bare
+    assert "Augmented" not in bare
+    split = {"by": "time", "column": "created", "test_from": "2024-03-01T00:00:00+00:00"}
+    page = report.render_page(manifest(split=split, augmented={"back_translation": 1234}), {})
+    assert "Split by time (created), test from 2024-03-01T00:00:00+00:00." in page
+    assert "<td>back translation</td><td>1,234</td>" in page
+
+
 def test_a_figure_is_of_its_numbers() -> None:
     same = figures(report.render_page(manifest(), {}))
     assert figures(report.render_page(manifest(), {})) == same

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lib.data.split import assign, kept
+from lib.data.split import FAR, Cuts, assign, check, kept
+from lib.errors import ConfigError
 from lib.settings import DataSettings
+from lib.tasks import load_task
 
 
 def data(**values: Any) -> DataSettings:
@@ -68,3 +70,25 @@ def test_a_split_with_its_own_source_leaves_its_share_to_the_others() -> None:
     assert counts / len(HASHES) == pytest.approx([0.75, 0.25, 0], abs=0.005)
     both = data(validation_source="v.csv", test_source="t.csv")
     assert not assign(HASHES, both).any()
+
+
+def test_cuts_say_where_rows_go() -> None:
+    cuts = Cuts(np.array([3, 7]), np.array([[10, 20], [5, FAR]]))
+    strata = np.array([3, 3, 3, 3, 7, 7, 9, 1])
+    found = cuts.places(strata, np.array([9, 10, 19, 20, 4, 1 << 60, 99, 99]))
+    # Of a label that was never counted, rows train.
+    assert found.tolist() == [0, 1, 1, 2, 0, 1, 0, 0]
+    assert not Cuts(np.zeros(0, np.int64), np.zeros((0, 2), np.int64)).places(strata, strata).any()
+
+
+def test_what_rows_have_no_label_of_is_not_split_by_it() -> None:
+    check(data(stratified=True), load_task("sentiment"), "sentiment")
+    for name, labels in (("tagging", ["PER"]), ("chat", None), ("preference", None)):
+        given = DataSettings.model_validate({"source": "a", "labels": labels, "split": {"stratified": True}})
+        with pytest.raises(ConfigError, match=f"data.split.stratified: a row of {name} has no label"):
+            check(given, load_task(name), name)
+        check(data(group="user"), load_task(name), name)
+    items = {"source": "items.csv", "id": "item"}
+    held = DataSettings.model_validate({"source": "a", "items": items, "split": {"time": "when"}})
+    with pytest.raises(ConfigError, match=r"data.split.time: recommend holds out .*; leave it out"):
+        check(held, load_task("recommend"), "recommend")

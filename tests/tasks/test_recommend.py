@@ -16,7 +16,9 @@ from pydantic import ValidationError
 
 from lib.artifacts import DatasetRef, TaskFile
 from lib.errors import ConfigError, ModelError
-from lib.recommender import ranks
+from lib.evaluation import rankings, rankings_report
+from lib.evaluation.classification import Subject
+from lib.recommender import index, ranks
 from lib.recommender.predictor import ENCODER, WEIGHTS, History, Predictor
 from lib.settings import DataSettings, ServingSettings, Settings
 from lib.tasks import recommend
@@ -243,6 +245,38 @@ def test_a_ranker_is_fitted_or_taken(storage: Path, tiny_base: Path, tmp_path: P
     values["data"]["interactions"]["refit"] = True
     with pytest.raises(ValidationError, match="refit: validation teaches no ranker"):
         Settings.model_validate(values)
+
+
+def test_a_large_catalogue_gets_an_index_and_the_report_tells_of_it(
+    storage: Path, tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = walked(80)
+    ref = dataset_of(item_rows(tiny_base), splits | {"test": splits["validation"]})
+    info = TaskFile("recommend", [], 16, str(tiny_base), ref.fingerprint)
+    subject = Subject("films", "run", "recommend", ref.fingerprint, [])
+    told = {}
+    for most in (ITEMS - 1, ITEMS):
+        settings = settings_for(tiny_base, exact_items=most, ranker="none")
+        folder = tmp_path / str(most)
+        folder.mkdir()
+        recommend.save(recommend.build(tiny_base, settings, ref), tiny_base, info, folder)
+        report = rankings.measure(subject, str(folder), ref, settings).report
+        told[most] = index.told(str(folder)), report.methods.get("index"), capsys.readouterr().out
+        assert ("served through an index" in rankings_report.render(report)) == (most < ITEMS)
+    measured, said, printed = told[ITEMS - 1]
+    assert measured is not None
+    assert (measured.items, measured.recall, measured.recall_alike) == (ITEMS, 1.0, 1.0)
+    assert said == str(measured)
+    assert said in printed
+    assert told[ITEMS][:2] == (None, None)
+    nobody = dataset_of(
+        item_rows(tiny_base), {**splits, "validation": splits["validation"].slice(0, 0)}, "f" * 16
+    )
+    (tmp_path / "nobody").mkdir()
+    settings = settings_for(tiny_base, exact_items=0, ranker="none")
+    recommend.save(recommend.build(tiny_base, settings, nobody), tiny_base, info, tmp_path / "nobody")
+    assert index.told(str(tmp_path / "nobody")) is None
+    assert "no index: nobody in validation has a history" in capsys.readouterr().out
 
 
 def test_new_items_have_the_bias_that_validation_told(storage: Path, tiny_base: Path, tmp_path: Path) -> None:

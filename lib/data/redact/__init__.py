@@ -45,7 +45,7 @@ WORTH = (
     r"|(?i:pass|pwd|secret|token|key|kennwort|contrase|credential)[^\n]{0,24}(?:[=:,>]|is|ist|est|es)"
     r"|--[a-z-]{0,20}(?i:pass|pwd|secret|token|key)|[0-9] ?[\[({](?:\.|dot)|(?i:\bmac\b|ethernet|hwaddr|bssid)"
 )
-_PLACEHOLDER = re.compile(rf"<(?:{'|'.join([*KINDS, *NAMES])})_[0-9a-f]{{1,16}}>")
+PLACEHOLDER = re.compile(rf"<(?:{'|'.join([*KINDS, *NAMES])})_[0-9a-f]{{1,16}}>")
 # Stands where something was found already: no part of a word or a number.
 _TAKEN = "\ufffe"
 
@@ -206,7 +206,7 @@ def find_in(text: str, rules: Rules, entities: Iterable[Entity] = ()) -> list[Sp
     seen = plain(text)
     left = seen.text
     if "<" in left:  # what an earlier pass put there
-        left = _PLACEHOLDER.sub(lambda match: _TAKEN * len(match.group()), left)
+        left = PLACEHOLDER.sub(lambda match: _TAKEN * len(match.group()), left)
     for kinds, finder in _FINDERS:
         if kinds.isdisjoint(rules.kinds):
             continue
@@ -232,7 +232,7 @@ def _named(text: str, entities: Iterable[Entity], found: list[Span]) -> Iterator
     """A model's entities, as far as nothing else was found in them, nor by an earlier pass."""
     if not entities:
         return
-    taken = sorted([span[:2] for span in found] + [match.span() for match in _PLACEHOLDER.finditer(text)])
+    taken = sorted([span[:2] for span in found] + [match.span() for match in PLACEHOLDER.finditer(text)])
     for start, end, kind in entities:
         for first, last in [*taken, (end, end)]:
             if last <= start or start >= end:
