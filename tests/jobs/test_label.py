@@ -306,7 +306,7 @@ def test_rows_of_a_database_and_of_templates_are_labelled_beside_a_test_source_o
     assert run(preprocess, ["--config", str(config), *words]) == 0, capsys.readouterr().err
     assert "rows read    50; dropped: none" in capsys.readouterr().out
     # Whose a mail is decides its split afterwards, too, and nobody reads it.
-    owned = ["--data.split.by", "group", "--data.split.group", "sender", "--data.test_source", "null"]
+    owned = ["--data.split.group", "sender", "--data.test_source", "null"]
     said, folder = done(config, capsys, *owned)
     senders = {row["sender"] for row in labelled(folder)}
     assert len(senders) == 7
