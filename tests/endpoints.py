@@ -8,10 +8,27 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Self
 
 
-class Labeller(ThreadingHTTPServer):
+class Endpoint(ThreadingHTTPServer):
+    """Serves from a thread of its own while `up` lasts."""
+
+    @contextmanager
+    def up(self) -> Iterator[Self]:
+        with self:
+            thread = threading.Thread(target=self.serve_forever, daemon=True)
+            thread.start()
+            yield self
+            self.shutdown()
+            thread.join()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+class Labeller(Endpoint):
     """Chooses the letter whose words the last message holds: with logprobs 0.9 of it, 0.5 for each of two letters; no letter
     where there is no such word. Wants the key."""
 
@@ -21,20 +38,6 @@ class Labeller(ThreadingHTTPServer):
         self.tells_logprobs = True
         self.fails_after = 1 << 30
         super().__init__(("127.0.0.1", 0), _Handler)
-
-    @classmethod
-    @contextmanager
-    def running(cls, key: str, letters: dict[str, list[str]]) -> Iterator[Labeller]:
-        with cls(key, letters) as server:
-            thread = threading.Thread(target=server.serve_forever, daemon=True)
-            thread.start()
-            yield server
-            server.shutdown()
-            thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def choice(self, body: dict[str, Any]) -> dict[str, Any]:
         text = body["messages"][-1]["content"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from lib.settings.sections import Listed, Positive, Section, Share
+from lib.settings.sections import Listed, PinnedModel, Positive, Section, Share
 
 # What changes words of a text, and what a model writes, in the order in which they take turns.
 EDITS = ("synonyms", "swap", "delete", "insert", "spelling")
@@ -65,7 +65,7 @@ class BackTranslationSettings(Section):
 class WriterSettings(Section):
     """The model that writes paraphrases and translations, and what of them stays."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: PinnedModel
     """`NAME@VERSION` of a registered chat model, or a base as `model.base` names one, with a chat template."""
     max_tokens: Positive = 256
     """Of an answer; one that does not end there is left out."""
@@ -82,14 +82,6 @@ class WriterSettings(Section):
     """Actors that write; each takes `cpus_per_worker` and `gpus_per_worker`."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-
-    @field_validator("model")
-    @classmethod
-    def _pinned(cls, value: str) -> str:
-        name, at, version = value.rpartition("@")
-        if at and "/" not in value and not version.isdigit():
-            raise ValueError(f"{value!r} is no fixed version; give its number, such as {name}@3")
-        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> WriterSettings:

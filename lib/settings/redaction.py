@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, field_validator
 
 from lib.errors import nearest
-from lib.settings.sections import Section, Share
+from lib.settings.sections import PinnedModel, Section, Share
 
 # Kind → what it stands for; all of them are known by their form.
 KINDS = {
@@ -39,21 +39,13 @@ NamedKind = Annotated[str, BeforeValidator(lambda value: _known(value, NAMES))]
 class NameSettings(Section):
     """Names of people and postal addresses, which have no form: a tagging model finds them."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: PinnedModel
     """`NAME@VERSION` of a registered tagging model, or a model directory. A version by its number, not an alias: what a
     dataset holds must not change with who is champion."""
     labels: Annotated[dict[str, NamedKind], Field(min_length=1)] = {"PER": "PERSON", "LOC": "ADDRESS"}
     """The model's kind of entity → PERSON or ADDRESS; its other kinds stay."""
     min_score: Share = 0.5
     """Entities that the model is less sure of stay."""
-
-    @field_validator("model")
-    @classmethod
-    def _pinned(cls, value: str) -> str:
-        name, at, version = value.rpartition("@")
-        if at and "/" not in value and not version.isdigit():
-            raise ValueError(f"{value!r} is no fixed version; give its number, such as {name}@3")
-        return value
 
 
 class RedactionSettings(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -35,6 +36,17 @@ Item = TypeVar("Item")
 Listed = Annotated[
     list[Item], Field(min_length=1), BeforeValidator(lambda v: v if isinstance(v, (list, tuple)) else [v])
 ]
+
+
+def _pinned(value: str) -> str:
+    name, at, version = value.rpartition("@")
+    if at and "/" not in value and not version.isdigit():
+        raise ValueError(f"{value!r} is no fixed version; give its number, such as {name}@3")
+    return value
+
+
+# `NAME@VERSION` of a registered model, or what names a base: what a dataset holds must not change with who is champion.
+PinnedModel = Annotated[str, Field(min_length=1), AfterValidator(_pinned)]
 
 
 class Section(BaseModel):

@@ -69,7 +69,7 @@ def test_a_reply_without_a_letter_says_nothing(reply: str) -> None:
 def test_a_chat_model_sees_the_labels_of_each_head_and_no_more_of_a_text_than_it_should() -> None:
     heads = laid_out([("mood", ["bad", "good"], 1.0), ("topic", ["size", "price", "colour"], 1.0)])
     described = [[["bad"], ["good"]], [["how it fits"], ["price"], ["the colour", "the pattern"]]]
-    with Labeller.running("k", {"B": ["cheap"], "A": ["small"]}) as server:
+    with Labeller("k", {"B": ["cheap"], "A": ["small"]}).up() as server:
         asked = ChatLabels(url=server.url, model="m", characters=20)
         found = Asking(asked, heads, described, SecretStr("k")).logits(["small " + "x" * 99, "cheap", "?"])
         assert [values.shape for values in found] == [(3, 2), (3, 3)]

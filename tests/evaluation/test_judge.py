@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -14,11 +12,12 @@ from lib.errors import ConfigError
 from lib.evaluation import judge
 from lib.evaluation.judge import Judge, Pair
 from lib.settings import JudgeSettings
+from tests.endpoints import Endpoint
 
 KEY = "secret-key-of-the-judge"
 
 
-class Server(ThreadingHTTPServer):
+class Server(Endpoint):
     """Prefers the answer that says `good`; where both do or neither does, the first. Wants the key."""
 
     def __init__(self) -> None:
@@ -26,20 +25,6 @@ class Server(ThreadingHTTPServer):
         self.failures: list[int] = []
         self.speaks_openai = True
         super().__init__(("127.0.0.1", 0), Handler)
-
-    @classmethod
-    @contextmanager
-    def running(cls) -> Iterator[Server]:
-        with cls() as server:
-            thread = threading.Thread(target=server.serve_forever, daemon=True)
-            thread.start()
-            yield server
-            server.shutdown()
-            thread.join()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -76,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("WHORL_JUDGE_KEY", KEY)
-    with Server.running() as running:
+    with Server().up() as running:
         yield running
 
 

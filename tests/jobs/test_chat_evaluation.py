@@ -33,7 +33,7 @@ def local(uri: str) -> Path:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("WHORL_JUDGE_KEY", KEY)
-    with Server.running() as running:
+    with Server().up() as running:
         yield running
 
 

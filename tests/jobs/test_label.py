@@ -380,7 +380,7 @@ def test_a_chat_model_is_asked_about_each_text(
     write(tmp_path / "source.jsonl", rows(20))
     values = yaml.safe_load(config.read_text())
     monkeypatch.setenv("WHORL_CHAT_KEY", "sesame")
-    with Labeller.running("sesame", {"B": GOOD, "A": BAD}) as server:
+    with Labeller("sesame", {"B": GOOD, "A": BAD}).up() as server:
         values["label"] = {
             "chat": {"url": server.url, "model": "clerk"},
             "descriptions": {"bad": "it is no good"},
