@@ -25,16 +25,23 @@ from lib.settings import Settings
 
 def label(settings: Settings) -> None:
     planned = plan(settings)
+    try:
+        tell(planned, made(planned))
+    finally:
+        planned.forget()
+
+
+def made(planned: Planned) -> dict[str, Any]:
+    """The report of the labelled source, which is made if it is not there."""
     if planned.exists():
         print(f"labels {planned.fingerprint} are there already, of the same source and config: skipped")
-        report = storage.read_json(storage.join(planned.uri, REPORT))
-    else:
-        models.check(settings.label.chat, planned.key)
-        connect()
-        from lib.data.labelling.build import build  # imports ray
+        report: dict[str, Any] = storage.read_json(storage.join(planned.uri, REPORT))
+        return report
+    models.check(planned.label.chat, planned.key)
+    connect()
+    from lib.data.labelling.build import build  # imports ray
 
-        report = build(planned)
-    tell(planned, report)
+    return build(planned)
 
 
 def tell(planned: Planned, report: dict[str, Any]) -> None:
@@ -99,18 +106,32 @@ def _next(planned: Planned, report: dict[str, Any]) -> None:
 
 
 def words(planned: Planned) -> list[str]:
-    """How jobs.preprocess reads the labelled rows."""
-    data = planned.settings.data
-    found = ["--data.source", storage.join(planned.uri, ROWS), "--data.columns.text", "text"]
-    if data.format != "auto":
-        found += ["--data.format", "auto"]
+    """How jobs.preprocess reads the labelled rows. Other sources of the configuration stay as they are, where rows have one
+    label; several heads have no labels of one source alone."""
+    data, uri = planned.settings.data, storage.join(planned.uri, ROWS)
+    columns = {"text": "text", **{name: name for name in data.slices}}
+    source: dict[str, Any] = {"uri": uri, "columns": columns}
+    found: list[str] = []
     for place, head in enumerate(planned.heads):
-        key = f"--data.heads.{head.name}" if head.name else "--data"
-        found += [f"{key}.column" if head.name else f"{key}.columns.label", planned.columns(place)[0]]
-        found += [f"{key}.labels", json.dumps(head.labels, ensure_ascii=False)]
-    if data.slices:
-        found += ["--data.slices", json.dumps({name: name for name in data.slices}, ensure_ascii=False)]
-    return found
+        column = planned.columns(place)[0]
+        if head.name:
+            columns[head.name] = column
+            found += [f"--data.heads.{head.name}.labels", _yaml(head.labels)]
+        else:
+            columns["label"] = column
+            source["labels"] = {label: label for label in head.labels}
+    if data.format != "auto":
+        source["format"] = "auto"
+    if data.templates and len(data.sources) == 1:
+        found += ["--data.templates", "{}"]
+    if data.query is not None:
+        found += ["--data.query", "null"]
+    return ["--data.source", _yaml(source), *found]
+
+
+def _yaml(value: Any) -> str:
+    """On one line: YAML takes JSON."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 if __name__ == "__main__":

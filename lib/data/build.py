@@ -33,17 +33,16 @@ from lib.data.mix import mix
 from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
     Scanned,
-    Written,
     find_duplicates,
     find_rejected,
     scan,
-    write,
 )
 from lib.data.places import Found
 from lib.data.plan import SOURCES, Plan
 from lib.data.split import FAR, Cuts
 from lib.data.split_passes import find_cuts
 from lib.data.stream import source, tables
+from lib.data.write_pass import Written, write
 from lib.errors import DataError
 from lib.settings.splitting import Split
 from lib.tasks import load_task

@@ -5,6 +5,7 @@ Imports no ray, so that a wrong column name, or a dataset that is there already,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -77,7 +78,7 @@ class Plan:
         """Remove the rows that a database gave, once they are read or nobody will read them."""
         for part in self.parts.values():
             part.forget()
-        _forget(self.all_files)
+        forget(self.all_files)
 
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest of every dataset begins with."""
@@ -112,7 +113,7 @@ def plan(settings: Settings, fresh: bool = True) -> Plan:
             files += _files(number, given, entry, fresh)
         return _named(settings, files)
     except BaseException:
-        _forget(files)
+        forget(files)
         raise
 
 
@@ -220,7 +221,8 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
 
 
-def _forget(files: list[sources.SourceFile]) -> None:
+def forget(files: Iterable[sources.SourceFile]) -> None:
+    """Remove the rows that databases among them gave."""
     for file in files:
         if file.columns is not None:
             queries.forget(file.uri)

@@ -21,6 +21,8 @@ from lib import storage
 from lib.data.rows import ROW_BITS, beginning
 from lib.errors import DataError
 from lib.labels import UNKNOWN
+from lib.settings import Settings
+from lib.tasks import load_task
 
 if TYPE_CHECKING:
     from lib.data.blocks import Block, Reading
@@ -210,3 +212,10 @@ def examples(found: Quarantined, reading: Reading, most: int) -> dict[str, list[
         for entry in found.first[:most]
     ]
     return {"quarantined": rows} if rows else {}
+
+
+def set_aside(block: Block, ready: Ready, settings: Settings, rules: Rules | None) -> list[Entry]:
+    """What both passes leave out of a block; nothing, where the first of them ends the job."""
+    if not settings.data.quarantine.share:
+        return []
+    return of_block(block, ready, load_task(settings.task).TEXTS, rules)

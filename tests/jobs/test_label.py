@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shlex
+import sqlite3
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import yaml
 from jobs.label import label
 from jobs.preprocess import preprocess
 from lib.command import run
+from tests.conftest import WORDS
 from tests.endpoints import Labeller
 
 pytestmark = pytest.mark.usefixtures("storage")
@@ -264,6 +266,55 @@ def test_each_head_is_labelled_by_itself(
     assert "rows read    4; dropped: none" in capsys.readouterr().out
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_rows_of_a_database_and_of_templates_are_labelled_beside_a_test_source_of_its_own(
+    config: Path, tmp_path: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = sqlite3.connect(tmp_path / "mail.db")
+    database.execute("CREATE TABLE mail (title TEXT, body TEXT, sender TEXT, shop TEXT)")
+    mails = [
+        (f"Number {i}", row["text"], f"user{i % 7}@example.com", row["shop"]) for i, row in enumerate(rows())
+    ]
+    database.executemany("INSERT INTO mail VALUES (?, ?, ?, ?)", mails)
+    database.commit()
+    (tmp_path / "test.csv").write_text(
+        "said,stars,shop\n" + "".join(f"test {w},{1 + i % 2},x\n" for i, w in enumerate(WORDS))
+    )
+    values = yaml.safe_load(config.read_text())
+    values["data"] |= {
+        "source": f"sqlite:///{tmp_path / 'mail.db'}",
+        "query": "SELECT * FROM mail ORDER BY rowid",
+        "templates": {"whole": "{title}: {body}"},
+        "columns": {"text": "whole"},
+        "split": {"train": 0.5, "validation": 0.5, "test": 0},
+        "test_source": {
+            "uri": str(tmp_path / "test.csv"),
+            "columns": {"text": "said", "label": "stars"},
+            "labels": {"1": "bad", "2": "good"},
+        },
+    }
+    config.write_text(yaml.safe_dump(values))
+    said, folder = done(config, capsys)
+    found = labelled(folder)
+    assert len(found) == 30
+    assert all(re.match(r"Number \d+: The dress", row["text"]) for row in found)
+    assert not any(
+        "example.com" in path.read_text("latin-1") for path in storage.rglob("*") if path.is_file()
+    )
+    words = shlex.split(said.split("--config … ")[1].splitlines()[0])
+    assert run(preprocess, ["--config", str(config), *words]) == 0, capsys.readouterr().err
+    assert "rows read    50; dropped: none" in capsys.readouterr().out
+    # Whose a mail is decides its split afterwards, too, and nobody reads it.
+    owned = ["--data.split.group", "sender", "--data.test_source", "null"]
+    said, folder = done(config, capsys, *owned)
+    senders = {row["sender"] for row in labelled(folder)}
+    assert len(senders) == 7
+    assert all(re.fullmatch("[0-9a-f]{16}", sender) for sender in senders)
+    words = shlex.split(said.split("--config … ")[1].splitlines()[0])
+    assert run(preprocess, ["--config", str(config), *owned, *words]) == 0, capsys.readouterr().err
+
+
 MOODS = {
     "anger": ["I want my money back, this is a scandal", "How dare you, nobody answers and I am furious",
               "Your service is a disgrace and I will complain"],
@@ -388,7 +439,7 @@ def test_mistakes_that_need_no_reading(
         (["--label.chat", "{url: 'http://127.0.0.1:1/v1', model: m}"], "label.chat: the environment variable WHORL_CHAT_KEY is empty"),
         (["--label.embedding.model", "sample://minlm"], "no sample model 'sample://minlm'; did you mean"),
         (["--data.columns.text", "texts"], "has no column 'texts' (data.columns.text); did you mean 'text'?"),
-        (["--data.slices", "{confidence: shop}"], "data.slices: 'confidence' is the name of a column of labelled rows"),
+        (["--data.slices", "{confidence: shop}"], "data.slices.confidence: 'confidence' is the name of a column of labelled rows"),
         (["--task", "chat", "--data.labels", "null", "--label", "{}"], "jobs.label labels texts for the task sentiment, not for chat"),
     ):  # fmt: skip
         assert told in failed(config, capsys, *words), told

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
 
 from lib import storage
-from lib.data import blocks, dedup
+from lib.data import blocks, dedup, split
 from lib.data.labelling import rules, studio
 from lib.data.labelling.deciding import TIE, Decided, Opinion, decide
 from lib.data.labelling.models import Model, models_of
-from lib.data.labelling.plan import GOLD, ROWS, Planned
+from lib.data.labelling.plan import ROWS, Planned
 from lib.data.labelling.rules import Voters
 from lib.errors import WhorlError
 from lib.labels import MISSING, UNKNOWN
@@ -46,8 +47,8 @@ def seen(rows: pa.Table) -> tuple[pa.Array, list[str], np.ndarray]:
 def gold_of(planned: Planned, rows: pa.Table) -> np.ndarray:
     """int [rows, heads]: the classes that the source has."""
     found = np.full((rows.num_rows, len(planned.heads)), MISSING)
-    for place, mapping in planned.gold.items():
-        found[:, place] = mapping.apply(blocks.flat(rows[f"{GOLD}{place}"]))
+    for place, (column, mapping) in planned.gold.items():
+        found[:, place] = mapping.apply(blocks.flat(rows[column]))
     return found
 
 
@@ -192,7 +193,9 @@ def _answers(
 
 def _written(planned: Planned, rows: pa.Table, heads: Sequence[Decided], sure: np.ndarray) -> pa.Table:
     """Rows of which something is sure; what is not sure of them is null."""
-    table = {"text": rows["text"], **{name: rows[name] for name in planned.settings.data.slices}}
+    table = {"text": rows["text"]}
+    for column, name in planned.carried.items():
+        table[column] = _hashed(rows[name]) if name == split.GROUP else rows[name]
     for place, head in enumerate(heads):
         label, confidence, by = planned.columns(place)
         missing = ~sure[place]
@@ -201,6 +204,12 @@ def _written(planned: Planned, rows: pa.Table, heads: Sequence[Decided], sure: n
         table[confidence] = pa.array(np.round(head.confidence, 4), pa.float64(), mask=missing)
         table[by] = pa.array(head.by, pa.string(), mask=missing)
     return pa.table(table).filter(pa.array(sure.any(0)))
+
+
+def _hashed(groups: pa.ChunkedArray) -> pa.Array:
+    """Whose a row is, so that nobody can read it, but equals are known."""
+    high, _ = dedup.hash_texts(blocks.flat(groups))
+    return pc.if_else(pc.is_null(blocks.flat(groups)), pa.scalar(None, pa.string()), dedup.row_ids(high))
 
 
 def _tasks(

@@ -18,7 +18,7 @@ from lib.data import blocks, stream
 from lib.data.labelling import rules, studio
 from lib.data.labelling.deciding import Decided, decide
 from lib.data.labelling.models import models_of
-from lib.data.labelling.plan import GOLD, Planned
+from lib.data.labelling.plan import Planned
 from lib.data.labelling.rows import Fitted, actors, ask, gold_of, opinions, seen
 from lib.data.labelling.rules import Tally, Voters
 from lib.errors import DataError, WhorlError
@@ -108,7 +108,7 @@ def survey_block(row: pa.Table, planned: Planned, most: tuple[int, int]) -> pa.T
         own = np.where(empty, MISSING, gold[:, place])
         counts["gold"][place] = int((own >= 0).sum())
         if place in planned.gold:
-            values = blocks.flat(block.rows[f"{GOLD}{place}"])
+            values = blocks.flat(block.rows[planned.gold[place][0]])
             counts["unknown"][place] = asdict(Unknown.among(values, gold[:, place], _positions(block)))
         counts["tallies"][place] = asdict(Tally.of(speaks[:, voters.places], voters.votes, own))
     chosen = Sampled(most[0])
