@@ -82,6 +82,20 @@ def test_what_is_made_for_training_is_told(tiny_base: Path, source: Path) -> Non
 
 
 @pytest.mark.usefixtures("storage")
+def test_how_a_source_is_read_is_told(tiny_base: Path, source: Path) -> None:
+    given = settings(
+        tiny_base,
+        [{"uri": str(source), "weight": 0.5}],
+        templates={"text": "{text} ({label})"},
+        quarantine={"share": 0.01},
+    )
+    lines = explain(plan(given))
+    assert any("'text' is made of '{text} ({label})'" in line for line in lines)
+    assert any(f"{source}, jsonl" in line and "in training 0.5 times" in line for line in lines)
+    assert told(given)["quarantine"].startswith("at most 1.00% of the rows")
+
+
+@pytest.mark.usefixtures("storage")
 def test_a_long_list_of_files_is_summed_up(tiny_base: Path, tmp_path: Path) -> None:
     for i in range(8):
         (tmp_path / f"{i}.jsonl").write_text('{"text": "fits", "label": 1}\n')
@@ -90,7 +104,7 @@ def test_a_long_list_of_files_is_summed_up(tiny_base: Path, tmp_path: Path) -> N
     assert any("and 3 more files" in line for line in lines)
 
 
-@pytest.mark.parametrize("config", ["reviews", "movies", "support_preference"])
+@pytest.mark.parametrize("config", ["reviews", "movies"])
 def test_it_is_told_of_configurations_that_ship(config: str, storage: Path) -> None:
     given = load_settings(f"jobs/configs/{config}.yaml")
     lines = explain(plan(given))

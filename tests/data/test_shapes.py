@@ -75,7 +75,7 @@ def test_a_dataset_of_made_texts_has_no_personal_data(tiny_base: Path, tmp_path:
     assert manifest["redacted"]["EMAIL"] == 30
     whole = pa.concat_tables(read(planned.ref.uri).values())
     assert sorted(whole["text"].to_pylist()) == sorted(
-        sentence(i) + ("\nask <EMAIL_1>" if i % 2 else "") for i in range(60)
+        sentence(i) + (" ask <EMAIL_1>" if i % 2 else "") for i in range(60)
     )
     assert "@" not in json.dumps(whole.select(["text", "kind"]).to_pylist())
     other = plan(

@@ -11,7 +11,7 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from lib.data import blocks
+from lib.data import blocks, weights
 from lib.data.blocks import Reading
 from lib.data.places import Found, places
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, tables
@@ -50,8 +50,11 @@ def count_labels(rows: pa.Table, reading: Reading, data: DataSettings, found: Fo
     columns = {name: flat[name].to_numpy() for name in names}
     seconds = columns.pop("time", None)
     position, label, group, high = columns.values()
-    trains = places(found, reading, data, position, label, group, high, seconds).trains
-    labels, count = np.unique(label[trains], return_counts=True)
+    at = places(found, reading, data, position, label, group, high, seconds)
+    # A row that a source's weight repeats is repeated with its new ones.
+    copies = weights.copies(reading.weighed(position), at.split, high, data.split.seed) * at.trains
+    labels, which = np.unique(label, return_inverse=True)
+    count = np.bincount(which, copies, minlength=len(labels))
     return pa.table({"label": labels.astype(np.int64), "rows": count.astype(np.int64)})
 
 

@@ -156,6 +156,19 @@ def test_labels_are_filled_up_after_undersampling(tiny_base: Path, tmp_path: Pat
     assert manifest["splits"]["train"]["labels"] == {"bad": bad, "good": good + len(new)}
 
 
+def test_labels_are_filled_up_with_what_weights_repeat(tiny_base: Path, tmp_path: Path) -> None:
+    rows = reviews(400)
+    parts = [
+        write_jsonl(tmp_path / f"{label}.jsonl", [r for r in rows if r["label"] == label]) for label in (1, 2)
+    ]
+    source = [{"uri": parts[0], "weight": 0.5}, {"uri": parts[1], "weight": 1.5}]
+    given = {"swap": True, "delete": True, "balance": {"to": "largest"}}
+    manifest = build(plan(settings(tiny_base, source, augment=given)))
+    labels = manifest["splits"]["train"]["labels"]
+    assert labels["good"] == pytest.approx(labels["bad"], rel=0.12)
+    assert 100 < labels["bad"] < 180
+
+
 def test_synonyms_come_from_a_file_or_the_base(tiny_base: Path, tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", reviews(100))
     words = tmp_path / "words.txt"

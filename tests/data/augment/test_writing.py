@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lib.data.augment import writing
@@ -20,7 +21,7 @@ from lib.data.plan import plan
 from lib.data.redact import Rules
 from lib.errors import ConfigError, ModelError
 from lib.settings import AugmentSettings
-from tests.data.test_build import read, settings, write_jsonl
+from tests.data.test_build import settings, write_jsonl
 
 SMOLLM = "sample://smollm2-135m-instruct"
 
@@ -166,7 +167,8 @@ def test_a_model_writes_rows_on_ray(tiny_base: Path, tmp_path: Path) -> None:
             )
         )
         manifest = build(planned)
-        train = read(planned.ref.uri)["train"].to_pylist()
+        shards = planned.ref.shards("train")
+        train = pa.concat_tables(pq.read_table(shard.removeprefix("file://")) for shard in shards).to_pylist()
         found.append({row["id"]: row["text"] for row in train if row["augmented_by"]})
         assert manifest["augmented"]["paraphrase"] == len(found[-1])
         assert all(row["augmented_from"] in row["id"] for row in train if row["augmented_by"])
