@@ -20,7 +20,9 @@ from lib.command import connect, main
 from lib.data.labelling import models
 from lib.data.labelling.plan import REPORT, ROWS, Planned, plan
 from lib.data.labelling.studio import CONFIG, TASKS
+from lib.data.shapes import of_source
 from lib.settings import Settings
+from lib.tasks import load_task
 
 
 def label(settings: Settings) -> None:
@@ -122,11 +124,25 @@ def words(planned: Planned) -> list[str]:
             source["labels"] = {label: label for label in head.labels}
     if data.format != "auto":
         source["format"] = "auto"
-    if data.templates and len(data.sources) == 1:
-        found += ["--data.templates", "{}"]
+    if data.templates:  # those that no other source reads would be an error
+        read = _read_by_others(planned.settings)
+        kept = {name: template for name, template in data.templates.items() if name in read}
+        found += ["--data.templates", _yaml(kept)]
     if data.query is not None:
         found += ["--data.query", "null"]
     return ["--data.source", _yaml(source), *found]
+
+
+def _read_by_others(settings: Settings) -> set[str]:
+    """Columns that the sources of given splits read."""
+    data = settings.data
+    columns = {**load_task(settings.task).columns(data), **data.slices}
+    entries = [entry for split, entries in data.sources.items() if split for entry in entries]
+    return {
+        column
+        for entry in entries
+        for column in of_source(entry, columns, frozenset(), data).columns.values()
+    }
 
 
 def _yaml(value: Any) -> str:
