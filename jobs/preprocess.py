@@ -73,8 +73,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
     for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
         print(line)
-    if redacted := dict(manifest.get("redacted", {})):
-        rows = redacted.pop("rows", 0)
+    redacted = dict(manifest.get("redacted", {}))
+    if rows := redacted.pop("rows", 0):
         print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
     if "augmented" in manifest:
         made = dict(manifest["augmented"])
