@@ -75,7 +75,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         print(line)
     if redacted := dict(manifest.get("redacted", {})):
         rows = redacted.pop("rows", 0)
-        print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in redacted.items())
+        print(f"redacted     {f'{kinds}, in {rows:,} rows' if rows else 'nothing'}")
     if "augmented" in manifest:
         made = dict(manifest["augmented"])
         none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}
