@@ -73,9 +73,10 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
     for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
         print(line)
-    redacted = dict(manifest.get("redacted", {}))
-    if rows := redacted.pop("rows", 0):
-        print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items())}, in {rows:,} rows")
+    if redacted := dict(manifest.get("redacted", {})):
+        rows = redacted.pop("rows", 0)
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in redacted.items())
+        print(f"redacted     {f'{kinds}, in {rows:,} rows' if rows else 'nothing'}")
     if "augmented" in manifest:
         made = dict(manifest["augmented"])
         none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}
