@@ -11,7 +11,8 @@ from tests.training.engines import save_llama
 from tests.training.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
+# Of a module, not of the session: DeepSpeed gives buffers of engines back when the process ends, gigabytes of them.
+@pytest.fixture(scope="module")
 def alone() -> Iterator[Ranks]:
     """A group of one rank."""
     ranks = Ranks(1)
@@ -19,7 +20,7 @@ def alone() -> Iterator[Ranks]:
     ranks.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pair() -> Iterator[Ranks]:
     """A group of two ranks."""
     ranks = Ranks(2)
