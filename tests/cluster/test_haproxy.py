@@ -130,7 +130,7 @@ def test_a_reload_takes_over_without_a_request_lost(ingress: Ingress) -> None:
     ends.set()
     asking.join()
     assert set(answers) <= {"one", "two", "three"}
-    assert (first.wait(15), second.wait(15)) == (0, 0)
+    assert (first.wait(60), second.wait(60)) == (0, 0)
     child(third).kill()
     wait(lambda: ingress.answer() == "three")
 

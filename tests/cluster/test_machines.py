@@ -69,11 +69,11 @@ def test_files_are_its_own_but_for_those_that_are_shared(network: Network, tmp_p
 
 def test_names_are_known_to_all_and_may_move(network: Network) -> None:
     one, other = started(network.machine("one")), started(network.machine("other"))
-    assert [said(m, "getent", "hosts", "one").split()[0] for m in (one, other)] == [one.address] * 2
+    assert [said(m, "getent", "ahostsv4", "one").split()[0] for m in (one, other)] == [one.address] * 2
     for machine in (one, other):
         network.call({"head.svc": machine.address})
-        assert said(one, "getent", "hosts", "head.svc").split()[0] == machine.address
-    assert said(other, "getent", "hosts", "localhost")
+        assert said(one, "getent", "ahostsv4", "head.svc").split()[0] == machine.address
+    assert said(other, "getent", "ahostsv4", "localhost")
     assert "head.svc" not in Path("/etc/hosts").read_text()
 
 

@@ -145,6 +145,7 @@ def async_io() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
 def test_a_disk_gives_what_the_host_does(
