@@ -88,7 +88,8 @@ def connected(address: str | None) -> Any:
         client.list_jobs()
     except Exception as error:  # Ray raises RuntimeError, ConnectionError and what its HTTP client does
         said = str(error)
-        why = "the token is missing or wrong: RAY_AUTH_TOKEN" if "401" in said or "403" in said else said
+        is_refused = any(sign in said for sign in ("401", "403", "uthentication"))
+        why = "the token is missing or wrong: RAY_AUTH_TOKEN" if is_refused else said
         raise ResourceError(f"{address} takes no jobs: {' '.join(why.split())[:300]}") from error
     return client
 
