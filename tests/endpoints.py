@@ -28,6 +28,20 @@ class Endpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
 
+class Answering(BaseHTTPRequestHandler):
+    """Answers in JSON."""
+
+    def answer(self, status: int, body: dict[str, Any]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 class Labeller(Endpoint):
     """Chooses the letter whose words the last message holds: with logprobs 0.9 of it, 0.5 for each of two letters; no letter
     where there is no such word. Wants the key."""
@@ -53,24 +67,14 @@ class Labeller(Endpoint):
         return choice
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Answering):
     server: Labeller
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         if self.headers["authorization"] != f"Bearer {self.server.key}":
-            return self._answer(401, {"error": {"message": "no"}})
+            return self.answer(401, {"error": {"message": "no"}})
         self.server.seen.append(body)
         if len(self.server.seen) > self.server.fails_after:
-            return self._answer(404, {"error": {"message": "gone"}})
-        return self._answer(200, {"choices": [self.server.choice(body)]})
-
-    def _answer(self, status: int, body: dict[str, Any]) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            return self.answer(404, {"error": {"message": "gone"}})
+        return self.answer(200, {"choices": [self.server.choice(body)]})

@@ -97,7 +97,9 @@ class Plan:
 def plan(settings: Settings, fresh: bool = True) -> Plan:
     """Look at the source and name the dataset, without reading rows or starting Ray.
 
-    A database is asked anew if `fresh`, for whoever is to read its rows; else what it gave last names the dataset. Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
+    A database is asked anew if `fresh`, for whoever is to read its rows; else what it gave last names the dataset.
+
+    Raises ConfigError, DataError, StorageError, ModelError or RegistryError, in one line, for a source, a base model
     or an index that cannot be used.
     """
     data = settings.data
@@ -132,15 +134,8 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     """The dataset of these files."""
     data, task = settings.data, load_task(settings.task)
     clean.check(data, clean.texts(task), settings.task)
-    if data.label_noise.report and settings.task != "sentiment":
-        raise ConfigError(
-            f"data.label_noise: {settings.task} has no one label for a text, as sentiment has; leave it out"
-        )
+    _check(settings)
     bad_rows = data.quarantine.share > 0
-    if bad_rows and settings.task == "recommend":
-        raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
-    if settings.task == "recommend" and any(entry.weight != 1 for _, entry in _entries(data)):
-        raise ConfigError("data.source: a weight repeats rows, and recommend counts them; leave it out")
     with ThreadPoolExecutor(8) as pool:
         present = list(pool.map(partial(_present, bad_rows=bad_rows), files))
     entries = _entries(data)
@@ -148,64 +143,34 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     columns = {**task.columns(data, known), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
-    # A task may name a column by the whole of its key, such as `heads.topic.column`.
-    keys = {
-        "near.column"
-        if name == "worth"
-        else f"slices.{name}"
-        if name in data.slices
-        else name
-        if "." in name
-        else f"columns.{name}": column
-        for name, column in columns.items()
-    }
+    keys = _keys(columns, data)
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
     lists = task.LISTS.intersection(columns)
-    known_as = dict(zip(columns, keys, strict=True))
     shaped = tuple(shapes.of_source(entry, columns, lists, data) for _, entry in entries)
     shapes.check_used(data.templates, [column for shape in shaped for column in shape.columns.values()])
     for file, names in zip(files, present, strict=True):
         if not isinstance(names, DataError):
-            of_file = {known_as[name]: column for name, column in shaped[file.source].columns.items()}
+            of_file = {keys[name]: column for name, column in shaped[file.source].columns.items()}
             for key, column in shapes.wanted(of_file, data.templates):
                 sources.check_columns(file, {key: column}, names)
     with ThreadPoolExecutor(8) as pool:
         read = [*files, *(file for reading in tables.values() for file in reading.files)]
         checksums = tuple(pool.map(lambda file: file.checksum or storage.checksum(file.uri), read))
-    tokenizer, template = tokenizer_checksum(settings.model.base), settings.model.chat_template
+    tokenizer = tokenizer_checksum(settings.model.base)
     knowledge = None
     if data.grounded and settings.serving.knowledge is not None:
         # The tasks that read it may have another storage in their environment.
         knowledge = replace(current(settings.serving.knowledge.index), root=storage.root())
     rules = Rules.of(data.redact) if data.redact else None
-    # What the loss does with a head changes no row.
-    heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
     own = [shapes.identity(entry) for _, entry in entries]
-    identity = {
-        "format": FORMAT,
-        "task": settings.task,
+    identity = _identity(settings, rules, knowledge) | {
         "tokenizer": tokenizer,
-        "max_length": settings.model.max_length,
-        "case_markers": settings.model.case_markers,
         "sources": [
             [file.format, checksum, file.split, *(own[file.source] if place < len(files) else ())]
             for place, (file, checksum) in enumerate(zip(read, checksums, strict=True))
         ],
-        "chat_template": template and template_text(template),
-        "data": data.model_dump(
-            mode="json",
-            exclude=SOURCES
-            | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
-            | {"near": {"semantic": WORKERS}},
-        )
-        | ({"heads": heads} if heads else {})
-        | ({"redaction": rules.identity()} if rules else {})
-        | ({"augmentation": augment.identity(settings)} if data.augment else {})
-        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
-        | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
-        "classes": task.classes(data),  # their order counts, and JSON objects have none
     }
     reading = blocks.Reading(
         tuple(files),
@@ -219,6 +184,59 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     )
     ref = DatasetRef(settings.name, storage.fingerprint(identity))
     return Plan(settings, reading, checksums, tokenizer, ref, knowledge=knowledge, tables=tables, rules=rules)
+
+
+def _check(settings: Settings) -> None:
+    """Raises ConfigError for keys of `data` that do not suit the task."""
+    data, task = settings.data, settings.task
+    if data.label_noise.report and task != "sentiment":
+        raise ConfigError(
+            f"data.label_noise: {task} has no one label for a text, as sentiment has; leave it out"
+        )
+    if data.quarantine.share and task == "recommend":
+        raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
+    if task == "recommend" and any(entry.weight != 1 for _, entry in _entries(data)):
+        raise ConfigError("data.source: a weight repeats rows, and recommend counts them; leave it out")
+
+
+def _keys(columns: Iterable[str], data: DataSettings) -> dict[str, str]:
+    """Name here of each column → the key that names it in the source, below `data`."""
+
+    def key(name: str) -> str:
+        if name == "worth":
+            return "near.column"
+        if name in data.slices:
+            return f"slices.{name}"
+        # A task may name a column by the whole of its key, such as `heads.topic.column`.
+        return name if "." in name else f"columns.{name}"
+
+    return {name: key(name) for name in columns}
+
+
+def _identity(settings: Settings, rules: Rules | None, knowledge: IndexRef | None) -> dict[str, Any]:
+    """What the fingerprint says beside the content of the sources: all of the configuration that decides about rows."""
+    data, template = settings.data, settings.model.chat_template
+    # What the loss does with a head changes no row.
+    heads = {name: {"column": head.column, "labels": head.labels} for name, head in data.heads.items()}
+    return {
+        "format": FORMAT,
+        "task": settings.task,
+        "max_length": settings.model.max_length,
+        "case_markers": settings.model.case_markers,
+        "chat_template": template and template_text(template),
+        "data": data.model_dump(
+            mode="json",
+            exclude=SOURCES
+            | dict.fromkeys(("heads", "parts", "temperature", "grounded"), True)
+            | {"near": {"semantic": WORKERS}},
+        )
+        | ({"heads": heads} if heads else {})
+        | ({"redaction": rules.identity()} if rules else {})
+        | ({"augmentation": augment.identity(settings)} if data.augment else {})
+        | ({"semantic": base_checksum(data.near.semantic.model)} if data.near.semantic else {})
+        | ({"grounded": grounding.identity(settings, knowledge)} if knowledge else {}),
+        "classes": load_task(settings.task).classes(data),  # their order counts, and JSON objects have none
+    }
 
 
 def forget(files: Iterable[sources.SourceFile]) -> None:

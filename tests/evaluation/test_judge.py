@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 
 import pytest
 
@@ -12,7 +11,7 @@ from lib.errors import ConfigError
 from lib.evaluation import judge
 from lib.evaluation.judge import Judge, Pair
 from lib.settings import JudgeSettings
-from tests.endpoints import Endpoint
+from tests.endpoints import Answering, Endpoint
 
 KEY = "secret-key-of-the-judge"
 
@@ -27,10 +26,10 @@ class Server(Endpoint):
         super().__init__(("127.0.0.1", 0), Handler)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: Server
 
-    def do_POST(self) -> None:
+    def do_POST(self) -> None:  # noqa: N802 -- its base calls it so
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.server.seen.append({"path": self.path, **body})
         if self.headers["authorization"] != f"Bearer {KEY}":
@@ -46,16 +45,6 @@ class Handler(BaseHTTPRequestHandler):
         if "mute" in text:
             said = "I would rather not say."
         return self.answer(200, {"choices": [{"message": {"role": "assistant", "content": said}}]})
-
-    def answer(self, status: int, body: dict) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture

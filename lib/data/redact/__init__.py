@@ -17,10 +17,11 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import compress
 
+import numpy as np
 import phonenumbers
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -142,7 +143,7 @@ class Redaction:
         """A JSON value with all its strings redacted; keys stay."""
         texts = list(dict.fromkeys(_strings(value)))
         # One look at all of them, and none that holds nothing is asked further; what a model finds has no form.
-        worth = None if self.rules.names else set(compress(texts, may_hold(texts)))
+        worth = None if self.rules.names else set(compress(texts, may_hold(pa.array(texts, pa.string()))))
         return self._value(value, worth)
 
     def _value(self, value: object, worth: set[str] | None) -> object:
@@ -165,11 +166,9 @@ class Redaction:
         return self._known[known]
 
 
-def may_hold(texts: Sequence[str]) -> list[bool]:
-    """Which of the texts may hold something that has a form."""
-    column = pa.array(texts, pa.string())
-    found: list[bool] = pc.fill_null(pc.match_substring_regex(column, WORTH), False).to_pylist()
-    return found
+def may_hold(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    """Bool [texts]: which may hold something that has a form."""
+    return np.asarray(pc.fill_null(pc.match_substring_regex(texts, WORTH), False))
 
 
 def _strings(value: object) -> Iterator[str]:

@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from lib.data.redact import WORTH, Entity, Redaction, Rules
+from lib.data.redact import Entity, Redaction, Rules, may_hold
 
 # Texts that the model is given at a time: enough that batches of like lengths can be formed.
 TEXTS_AT_ONCE = 512
@@ -57,7 +56,7 @@ def _worth(rows: pa.Table, rules: Rules) -> np.ndarray:
         return np.arange(rows.num_rows)
     worth = np.zeros(rows.num_rows, bool)
     for column in rows.columns:
-        worth |= np.asarray(pc.fill_null(pc.match_substring_regex(column, WORTH), False))
+        worth |= may_hold(column)
     return np.flatnonzero(worth)
 
 
