@@ -20,7 +20,7 @@ from lib.command import connect, main
 from lib.data.labelling import models
 from lib.data.labelling.plan import REPORT, ROWS, Planned, plan
 from lib.data.labelling.studio import CONFIG, TASKS
-from lib.data.shapes import of_source
+from lib.data.reading.shapes import of_source
 from lib.settings import Settings
 from lib.tasks import load_task
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from lib import registry, storage
 from lib.command import main
-from lib.data import readers, sources
+from lib.data.reading import readers, sources
 from lib.errors import ConfigError, DataError
 from lib.opinions import backtest, history
 from lib.opinions.backtest import Outcome, Planted, Replay

@@ -18,8 +18,8 @@ from lib.command import connect, main
 from lib.data import noise
 from lib.data.explain import explain
 from lib.data.plan import Plan, plan
-from lib.data.quarantine import FILE as QUARANTINE
-from lib.data.quarantine import REASONS
+from lib.data.reading.quarantine import FILE as QUARANTINE
+from lib.data.reading.quarantine import REASONS
 from lib.data.report import FILE as REPORT
 from lib.settings import Settings
 

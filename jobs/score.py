@@ -17,8 +17,8 @@ from typing import Any
 from lib import registry, storage
 from lib.artifacts import TASK_FILE
 from lib.command import connect, main
-from lib.data import scoring
-from lib.data.scoring import Planned
+from lib.data.scoring import build as scoring
+from lib.data.scoring.plan import Planned, plan
 from lib.errors import ModelError
 from lib.evaluation.scoring import check_resources
 from lib.settings import Settings
@@ -27,7 +27,7 @@ from lib.settings import Settings
 def score(settings: Settings) -> None:
     wanted = settings.score.model or f"{settings.name}@{registry.CHAMPION}"
     ref = registry.resolve(*registry.parse_reference(wanted))
-    planned = scoring.plan(settings, str(ref), storage.checksum(storage.join(ref.uri, registry.VERSION_FILE)))
+    planned = plan(settings, str(ref), storage.checksum(storage.join(ref.uri, registry.VERSION_FILE)))
     task = storage.read_json(storage.join(ref.uri, TASK_FILE)).get("task")
     if task != planned.task:
         raise ModelError(f"{ref} is a {task} model, but task is {settings.task}; choose another score.model")

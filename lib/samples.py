@@ -69,7 +69,7 @@ SAMPLES = {
             "data",
             "chatterbot-corpus",
             "chatterbot_corpus/data/english/[a-t]*.yml",
-            "made, not collected: questions with their answer and one to another question (lib.data.preferences)",
+            "made, not collected: questions with their answer and one to another question (lib.data.reading.preferences)",
         )
         for split in ("train", "validation", "test")
     },

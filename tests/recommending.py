@@ -1,4 +1,4 @@
-"""A small catalogue and people with habits, as a dataset of `lib.data.recommend` leaves them."""
+"""A small catalogue and people with habits, as a dataset of `lib.data.recommending.build` leaves them."""
 
 from __future__ import annotations
 

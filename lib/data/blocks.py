@@ -16,12 +16,12 @@ import numpy as np
 import pyarrow as pa
 
 from lib.artifacts import SPLITS
-from lib.data.quarantine import DAMAGED, Entry
-from lib.data.readers import read_rows
-from lib.data.rows import ROW_BITS as ROW_BITS
-from lib.data.rows import Rows
-from lib.data.shapes import Shape
-from lib.data.sources import SourceFile
+from lib.data.reading.quarantine import DAMAGED, Entry
+from lib.data.reading.readers import read_rows
+from lib.data.reading.rows import ROW_BITS as ROW_BITS
+from lib.data.reading.rows import Rows
+from lib.data.reading.shapes import Shape
+from lib.data.reading.sources import SourceFile
 from lib.errors import DataError, WhorlError
 from lib.settings import Settings
 

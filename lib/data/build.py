@@ -24,13 +24,13 @@ from typing import Any
 
 from lib import heads, storage, tracking
 from lib.artifacts import SPLITS
-from lib.data import noise, quarantine, recommend, report
+from lib.data import noise, report
+from lib.data.alike.near_passes import near_duplicates, straddling
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
 from lib.data.labelling import studio
 from lib.data.mix import mix
-from lib.data.near_passes import near_duplicates, straddling
 from lib.data.passes import (
     Scanned,
     find_duplicates,
@@ -39,8 +39,10 @@ from lib.data.passes import (
 )
 from lib.data.places import Found
 from lib.data.plan import SOURCES, Plan
-from lib.data.split import FAR, Cuts
-from lib.data.split_passes import find_cuts
+from lib.data.reading import quarantine
+from lib.data.recommending import build as recommend
+from lib.data.splitting.split import FAR, Cuts
+from lib.data.splitting.split_passes import find_cuts
 from lib.data.stream import source, tables
 from lib.data.write_pass import Written, write
 from lib.errors import DataError

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lib.data.near import UNSPACED
+from lib.data.alike.near import UNSPACED
 from lib.errors import ConfigError, nearest
 from lib.retrieval.markup import BLOCKS, SKIPPED
 from lib.settings import CleanSettings, DataSettings, LengthSettings, RepetitionSettings

@@ -8,7 +8,7 @@ from lib import storage
 from lib.artifacts import SPLITS
 from lib.data.blocks import BLOCK_BYTES, Reading
 from lib.data.plan import Plan
-from lib.data.sources import COMPRESSION_NAMES
+from lib.data.reading.sources import COMPRESSION_NAMES
 from lib.settings import DataSettings, Settings
 from lib.tasks import load_task
 

@@ -25,7 +25,7 @@ from lib import tfidf
 from lib.artifacts import SPLITS
 from lib.data.clean import SHOWN_CHARACTERS
 from lib.data.labelling import studio
-from lib.data.split import mix
+from lib.data.splitting.split import mix
 from lib.heads import Head, of_data
 from lib.settings import DataSettings
 

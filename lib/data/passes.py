@@ -17,10 +17,12 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from lib.data import blocks, clean, dedup, quarantine
+from lib.data import blocks, clean
+from lib.data.alike import dedup
 from lib.data.blocks import Reading
 from lib.data.examples import Examples, first_of, join_examples
-from lib.data.quarantine import Quarantined
+from lib.data.reading import quarantine
+from lib.data.reading.quarantine import Quarantined
 from lib.data.ready import bands, prepare
 from lib.data.redact import Rules
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, rows_of

@@ -10,10 +10,10 @@ import numpy as np
 import ray
 
 from lib.artifacts import SPLITS
-from lib.data import dedup
+from lib.data.alike import dedup
+from lib.data.alike.clusters import LEFT_OUT
 from lib.data.blocks import Reading
-from lib.data.clusters import LEFT_OUT
-from lib.data.split import Cuts, assign, kept
+from lib.data.splitting.split import Cuts, assign, kept
 from lib.settings import DataSettings
 
 # Of `among`: no table of places has the row.

@@ -15,9 +15,11 @@ from lib import storage
 from lib.artifacts import DatasetRef, IndexRef
 from lib.base_models import tokenizer_checksum
 from lib.chat_templates import template_text
-from lib.data import augment, blocks, clean, grounding, queries, shapes, sources, split
-from lib.data.readers import column_names
+from lib.data import augment, blocks, clean, grounding
+from lib.data.reading import queries, shapes, sources
+from lib.data.reading.readers import column_names
 from lib.data.redact import Rules
+from lib.data.splitting import split
 from lib.errors import ConfigError, DataError
 from lib.retrieval.embedding import base_checksum
 from lib.retrieval.index import current

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import times
-from lib.data import blocks, clean, dedup, near, split
+from lib.data import blocks, clean
+from lib.data.alike import dedup, near
+from lib.data.splitting import split
 from lib.settings import DataSettings, Settings
 from lib.tasks import Prepared, load_task
 from lib.text import is_empty

@@ -14,8 +14,9 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from lib.data import blocks, dedup, near
-from lib.data.clusters import node_partition
+from lib.data import blocks
+from lib.data.alike import dedup, near
+from lib.data.alike.clusters import node_partition
 from lib.data.stream import parallel_tasks, tables
 
 # A partition's rows are held several times while they are compared. Ray starts processes for a shuffle of several

@@ -21,18 +21,21 @@ import ray
 import ray.data
 
 from lib.artifacts import SPLITS, IndexRef
-from lib.data import blocks, dedup, grounding, noise, quarantine, weights
+from lib.data import blocks, grounding, noise
+from lib.data.alike import dedup
+from lib.data.alike.dedup import Reason
 from lib.data.augment.making import Making, written_for
 from lib.data.blocks import Reading
-from lib.data.dedup import Reason
 from lib.data.examples import Examples, first_of, join_examples
 from lib.data.passes import Scanned
 from lib.data.places import Found, Places, places
-from lib.data.quarantine import UNENCODABLE, Entry, Quarantined
+from lib.data.reading import quarantine
+from lib.data.reading.quarantine import UNENCODABLE, Entry, Quarantined
+from lib.data.reading.rows import beginning
 from lib.data.ready import Ready, prepare
 from lib.data.redact import Rules
-from lib.data.rows import beginning
 from lib.data.shards import SplitCount, write_shards
+from lib.data.splitting import weights
 from lib.data.stream import parallel_tasks, rows_of
 from lib.settings import DataSettings, Settings
 from lib.tasks import UnencodableError, load_task

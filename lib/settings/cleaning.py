@@ -11,7 +11,7 @@ from lib.settings.sections import Positive, Section, Share
 
 
 class SemanticSettings(EmbedderSettings):
-    """Near duplicates by what texts mean: rows whose vectors point the same way (`lib.data.semantic`)."""
+    """Near duplicates by what texts mean: rows whose vectors point the same way (`lib.data.alike.semantic`)."""
 
     threshold: Annotated[float, Field(ge=0.7, le=1)] = 0.95
     """Cosine of two texts' vectors from which on they are near duplicates."""
@@ -25,7 +25,7 @@ class QuarantineSettings(Section):
 
 
 class NearSettings(Section):
-    """Near duplicates: texts that share so much that one of them is as good as all (`lib.data.near`).
+    """Near duplicates: texts that share so much that one of them is as good as all (`lib.data.alike.near`).
 
     The leakage check goes by the same keys, whether near duplicates are dropped or kept.
     """

@@ -41,7 +41,9 @@ METRIC = "ndcg_10"
 # Interactions of a history that a request of the demo sends, and items that it asks for.
 SHOWN_HISTORY, SHOWN = 50, 5
 LISTS: frozenset[str] = frozenset()
-TEXTS: frozenset[str] = frozenset()  # the catalogue's texts are read by themselves (lib/data/catalogue.py)
+TEXTS: frozenset[str] = (
+    frozenset()
+)  # the catalogue's texts are read by themselves (lib/data/recommending/catalogue.py)
 JUDGED: Literal["rankings"] = "rankings"
 
 

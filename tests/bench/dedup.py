@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from lib import storage
-from lib.data import near
+from lib.data.alike import near
 from lib.data.clean import words
 from lib.samples import sample_path
 from lib.settings import NearSettings
@@ -50,7 +50,7 @@ import json, resource, sys, time
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from lib.data import clusters, near
+from lib.data.alike import clusters, near
 from lib.settings import NearSettings
 
 texts = pq.read_table(sys.argv[1])["text"].to_pylist()

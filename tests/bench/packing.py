@@ -28,7 +28,7 @@ AGREE = 1e-4
 
 def rows(source: str, base: str) -> pa.Table:
     """The source's dialogues, encoded."""
-    from lib.data import readers, sources
+    from lib.data.reading import readers, sources
     from lib.settings import DataSettings, ModelSettings
     from lib.tasks import chat
 

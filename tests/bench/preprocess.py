@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from lib.base_models import base_directory
-from lib.data.dedup import hash_texts, row_ids
+from lib.data.alike.dedup import hash_texts, row_ids
 from lib.samples import sample_path
 from lib.text import normalise
 from tests.bench import preprocess_whole

@@ -11,7 +11,7 @@ import pytest
 
 from lib.data import blocks
 from lib.data.blocks import Reading, from_row, pack, read_blocks, to_row, unpack
-from lib.data.sources import find_files
+from lib.data.reading.sources import find_files
 
 COLUMNS = {"text": "review", "label": "stars", "kind": "stars"}
 

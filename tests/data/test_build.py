@@ -19,7 +19,8 @@ import pytest
 
 from lib import storage as files
 from lib.artifacts import SPLITS
-from lib.data import near_passes, passes, shuffles, stream
+from lib.data import passes, shuffles, stream
+from lib.data.alike import near_passes
 from lib.data.build import build
 from lib.data.plan import Plan, plan
 from lib.errors import DataError

@@ -11,9 +11,10 @@ import ray
 import ray.data
 from ray.data import Dataset
 
-from lib.data import blocks, weights
+from lib.data import blocks
 from lib.data.blocks import Reading
 from lib.data.places import Found, places
+from lib.data.splitting import weights
 from lib.data.stream import SHUFFLE_BYTES, parallel_tasks, tables
 from lib.settings import DataSettings
 

@@ -18,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 
 from lib import dialogues
+from lib.data.alike.dedup import hash_texts
 from lib.data.augment import methods
 from lib.data.augment.thesaurus import Thesaurus
 from lib.data.augment.words import Words
-from lib.data.dedup import hash_texts
 from lib.settings import AugmentSettings
 from lib.settings.augmentation import WRITTEN
 from lib.text import normalise

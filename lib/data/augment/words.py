@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
-from lib.data.near import UNSPACED
+from lib.data.alike.near import UNSPACED
 
 _UNSPACED = "".join(f"{chr(start)}-{chr(end - 1)}" for start, end in UNSPACED)
 # Vowel signs and tones of these scripts, which belong to the letter before them.

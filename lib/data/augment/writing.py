@@ -24,7 +24,8 @@ import ray.data
 from lib import storage
 from lib.artifacts import ModelRef, TaskFile
 from lib.base_models import base_directory
-from lib.data import blocks, dedup
+from lib.data import blocks
+from lib.data.alike import dedup
 from lib.data.augment.making import WRITTEN, Making
 from lib.data.augment.rows import Slot, form_of
 from lib.data.blocks import Reading

@@ -13,12 +13,15 @@ from pydantic import SecretStr
 
 from lib import heads, storage
 from lib.artifacts import labelled
-from lib.data import blocks, dedup, shapes, sources, split
+from lib.data import blocks
+from lib.data.alike import dedup
 from lib.data.labelling import models, rules, studio
 from lib.data.plan import forget
-from lib.data.readers import column_names
+from lib.data.reading import shapes, sources
+from lib.data.reading.readers import column_names
 from lib.data.redact import Rules
 from lib.data.redact.columns import redact
+from lib.data.splitting import split
 from lib.endpoint import key_of
 from lib.errors import ConfigError
 from lib.heads import Head

@@ -16,12 +16,14 @@ import ray
 import ray.data
 
 from lib import storage
-from lib.data import blocks, dedup, split
+from lib.data import blocks
+from lib.data.alike import dedup
 from lib.data.labelling import rules, studio
 from lib.data.labelling.deciding import TIE, Decided, Opinion, decide
 from lib.data.labelling.models import Model, models_of
 from lib.data.labelling.plan import ROWS, Planned
 from lib.data.labelling.rules import Voters
+from lib.data.splitting import split
 from lib.errors import WhorlError
 from lib.labels import MISSING, UNKNOWN
 from lib.text import is_empty, normalise

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.near import UNSPACED
+from lib.data.alike.near import UNSPACED
 from lib.errors import ConfigError
 from lib.heads import Head
 from lib.settings import RuleSettings

@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from lib.data.alike.dedup import hash_texts, row_ids
 from lib.data.augment import check, counting
 from lib.data.augment.rows import BY, FORMS, FROM, Augmentation, augment, form_of
 from lib.data.augment.thesaurus import Thesaurus
-from lib.data.dedup import hash_texts, row_ids
 from lib.errors import ConfigError
 from lib.settings import AugmentSettings, DataSettings
 from lib.tasks import load_task
