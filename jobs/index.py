@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from typing import Any
 
 from lib import storage
 from lib.command import connect, main
+from lib.data.redact import Rules, together
+from lib.retrieval.documents import Redact
 from lib.retrieval.index import make_current
 from lib.retrieval.plan import Plan, plan
 from lib.settings import Settings
 
 
 def index(settings: Settings) -> None:
-    planned = plan(settings)
+    planned = plan(settings, *redaction(settings))
     if planned.ref.exists():
         print(
             f"index {planned.ref.fingerprint} is there already, made of the same documents and config: skipped"
@@ -36,6 +39,15 @@ def index(settings: Settings) -> None:
     report(planned, manifest, moved)
 
 
+def redaction(settings: Settings) -> tuple[Redact | None, dict[str, object]]:
+    """What takes personal data out of documents, where `knowledge.redact` says so, and what stands for it."""
+    wanted = settings.knowledge.redact
+    if wanted is None:
+        return None, {}
+    rules = Rules.of(wanted, "knowledge.redact")
+    return partial(together, rules=rules), wanted.model_dump(mode="json") | rules.identity()
+
+
 def report(planned: Plan, manifest: dict[str, Any], moved: bool) -> None:
     print(f"fingerprint  {manifest['fingerprint']}{'' if moved else ' (the current one)'}")
     left_out = ", ".join(f"{files:,} {ending}" for ending, files in sorted(planned.others.items()))
@@ -45,6 +57,8 @@ def report(planned: Plan, manifest: dict[str, Any], moved: bool) -> None:
     )
     for why in manifest["unreadable"]:
         print(f"unreadable   {why}")
+    if (redacted := manifest.get("redacted")) is not None:
+        print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items()) or 'nothing'}")
     print(f"passages     {manifest['passages']:,}, vectors of {manifest['width']} by {manifest['base']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(

@@ -46,6 +46,9 @@ def report(planned: Planned, manifest: dict[str, Any]) -> None:
     rows, seconds = manifest["rows"], manifest["seconds"]
     print(f"model        {manifest['model']} ({manifest['engine']})")
     print(f"rows         {rows:,} in {seconds:,.0f} s; {manifest['bad']['rows']:,} bad")
+    if (redacted := manifest.get("redacted")) is not None:
+        kinds = ", ".join(f"{kind} {n:,}" for kind, n in redacted.items() if kind != "rows")
+        print(f"redacted     {kinds or 'nothing'}")
     for line in manifest["bad"]["first"]:
         print(f"  {line}")
     for name, counts in manifest["figures"].items():

@@ -1,7 +1,7 @@
 """Every answer as an event (lib/events.py), and POST /v1/feedback, which says what an answer was worth.
 
 The bodies are gathered as they pass and handed to a thread when the answer has been sent: nobody waits for it. What
-is kept has no personal data in it (lib/data/redact.py); `serving.events.content: false` keeps no words at all.
+is kept has no personal data in it (lib/data/redact); `serving.events.content: false` keeps no words at all.
 """
 
 # Without `from __future__ import annotations`: FastAPI reads the annotations as types.

@@ -252,3 +252,9 @@ def from_row(row: pa.Table, columns: Sequence[str]) -> Block:
     )
     rows = unpack(row, [*columns, POSITION])
     return Block(fragment, number, rows, problem, [Entry(**entry) for entry in json.loads(bad)])
+
+
+def redacted_of(row: pa.Table) -> dict[str, int]:
+    """What `lib.data.stream.redact_block` found in a packed block: kind → values, each once a row, and `rows` that have any."""
+    found: dict[str, int] = json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {}
+    return found

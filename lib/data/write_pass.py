@@ -226,7 +226,7 @@ def write_block(
         "repeated": int(chosen.again.sum()) - sum(bool(chosen.again[n]) for n in refused or ()),
         "kept": weights.by_file(positions[chosen.sources], chosen.split, refused or ()),
         "examples": first_of(why, positions, texts, data.clean.samples),
-        "redacted": json.loads(row["redacted"][0].as_py()) if "redacted" in row.column_names else {},
+        "redacted": blocks.redacted_of(row),
         "splits": {name: asdict(count) for name, count in splits.items()},
     }
     return pa.table({"counts": [json.dumps(counts)]})

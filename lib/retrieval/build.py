@@ -7,7 +7,9 @@ write   the driver writes them as they come, then the indexes, and publishes the
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,7 +25,7 @@ from lib.encoders import UNCUT, base_tokenizer
 from lib.errors import DataError, StorageError
 from lib.progress import data_context
 from lib.retrieval.chunks import Chunker
-from lib.retrieval.documents import Document, DocumentFile, read_document
+from lib.retrieval.documents import Document, DocumentFile, Redact, read_document, without_personal_data
 from lib.retrieval.embedding import Embedder
 from lib.retrieval.index import PASSAGE, with_vectors, write_table
 from lib.retrieval.plan import Plan
@@ -36,7 +38,9 @@ PASSAGES_AT_ONCE = 256
 PASSAGE_BITS = 24
 PROBLEMS_TOLD = 3
 READ_CPUS = 0.5
-READ = PASSAGE.append(pa.field("problem", pa.string()))
+# `redacted`, counts as JSON, with a document's first passage.
+TOLD = ("problem", "redacted")
+READ = pa.schema([*PASSAGE, *(pa.field(name, pa.string()) for name in TOLD)])
 
 
 class Embed:
@@ -65,9 +69,12 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
     """
     knowledge = plan.knowledge
     unreadable: dict[int, str] = {}
+    redacted: Counter[str] = Counter()
     with storage.publish(plan.ref.uri) as folder:
         say(f"reading and embedding {len(plan.files):,} documents")
-        rows, width = write_table(folder, _readable(_embedded(plan), unreadable), knowledge.language)
+        rows, width = write_table(
+            folder, _readable(_embedded(plan), unreadable, redacted), knowledge.language
+        )
         _check(plan, rows, unreadable)
         manifest = {
             **plan.manifest_head(),
@@ -78,6 +85,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
                 for file, checksum in zip(plan.files, plan.checksums, strict=True)
             ],
             "unreadable": [why for _, why in sorted(unreadable.items())],
+            **({"redacted": dict(sorted(redacted.items()))} if plan.redact else {}),
             "settings": knowledge.model_dump(mode="json", exclude={"source"}),
             "versions": tracking.versions(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -87,13 +95,13 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 
 def _embedded(plan: Plan) -> Iterator[pa.Table]:
-    """Tables of PASSAGE, `problem` and `vector`, from Ray Data."""
+    """Tables of READ and `vector`, from Ray Data."""
     knowledge = plan.knowledge
     with ray.data.DataContext.current(data_context()):
         numbers = ray.data.from_items([{"number": i} for i in range(len(plan.files))])
         read = numbers.map_batches(
             read_batch,
-            fn_kwargs={"files": plan.files, "knowledge": knowledge},
+            fn_kwargs={"files": plan.files, "knowledge": knowledge, "redact": plan.redact},
             batch_size=DOCUMENTS_AT_ONCE,
             batch_format="pyarrow",
             # Another share of a CPU than the next step's keeps Ray Data from fusing the two.
@@ -111,14 +119,21 @@ def _embedded(plan: Plan) -> Iterator[pa.Table]:
     yield from embedded.iter_batches(batch_size=None, batch_format="pyarrow")
 
 
-def read_batch(batch: pa.Table, files: Sequence[DocumentFile], knowledge: KnowledgeSettings) -> pa.Table:
+def read_batch(
+    batch: pa.Table, files: Sequence[DocumentFile], knowledge: KnowledgeSettings, redact: Redact | None = None
+) -> pa.Table:
     """Passages of the documents with these numbers; for one that cannot be read, a row that tells the problem."""
     chunker = Chunker(base_tokenizer(knowledge.base, UNCUT), knowledge.chunk_tokens, knowledge.overlap)
     rows: list[dict[str, Any]] = []
     for number in batch["number"].to_pylist():
         file, first = files[number], number << PASSAGE_BITS
         try:
-            rows += passages(file, read_document(file), chunker, first)
+            document, counts = read_document(file), dict[str, int]()
+            if redact:
+                document, counts = without_personal_data(document, redact)
+            found = passages(file, document, chunker, first)
+            found[0]["redacted"] = json.dumps(counts)
+            rows += found
         except (DataError, StorageError) as error:
             rows.append({"id": first, "searched": "", "problem": str(error)})
     return pa.Table.from_pylist(rows, READ)
@@ -138,13 +153,18 @@ def passages(file: DocumentFile, document: Document, chunker: Chunker, first: in
     ]
 
 
-def _readable(tables: Iterator[pa.Table], unreadable: dict[int, str]) -> Iterator[pa.Table]:
-    """The passages; what cannot be read goes into `unreadable`, under the document's number."""
+def _readable(
+    tables: Iterator[pa.Table], unreadable: dict[int, str], redacted: Counter[str]
+) -> Iterator[pa.Table]:
+    """The passages; what cannot be read goes into `unreadable`, under the document's number, what was replaced into
+    `redacted`."""
     for table in tables:
         is_passage = pc.is_null(table["problem"])
         for row in table.filter(pc.invert(is_passage)).select(["id", "problem"]).to_pylist():
             unreadable[row["id"] >> PASSAGE_BITS] = row["problem"]
-        yield table.filter(is_passage).drop_columns("problem")
+        for counts in table["redacted"].drop_null().to_pylist():
+            redacted.update(json.loads(counts))
+        yield table.filter(is_passage).drop_columns(list(TOLD))
 
 
 def _check(plan: Plan, rows: int, unreadable: dict[int, str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
@@ -72,6 +72,21 @@ class Found:
     files: list[DocumentFile]
     others: Counter[str]
     """Ending → files that are left out since it names no kind of document."""
+
+
+Redact = Callable[[list[str]], tuple[list[str], dict[str, int]]]
+"""Texts of one document → the same without personal data, and kind → values that were found."""
+
+
+def without_personal_data(document: Document, redact: Redact) -> tuple[Document, dict[str, int]]:
+    headings = list(dict.fromkeys(heading for block in document.blocks for heading in block.headings))
+    (title, *said), counts = redact([document.title, *headings, *(block.text for block in document.blocks)])
+    shown = dict(zip(headings, said, strict=False))
+    blocks = [
+        replace(block, text=text, headings=tuple(shown[heading] for heading in block.headings))
+        for block, text in zip(document.blocks, said[len(headings) :], strict=True)
+    ]
+    return Document(title, blocks), counts
 
 
 def find_documents(sources: Sequence[str], base_url: str | None = None) -> Found:

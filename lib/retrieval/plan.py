@@ -11,7 +11,7 @@ from lib import storage
 from lib.artifacts import IndexRef
 from lib.base_models import base_directory
 from lib.errors import ConfigError
-from lib.retrieval.documents import DocumentFile, find_documents
+from lib.retrieval.documents import DocumentFile, Redact, find_documents
 from lib.retrieval.embedding import base_checksum, max_tokens
 from lib.settings import KnowledgeSettings, Settings
 
@@ -22,6 +22,7 @@ ELSEWHERE = {
     "source",
     "index",
     "base",
+    "redact",
     "max_unreadable",
     "keep",
     "workers",
@@ -43,6 +44,8 @@ class Plan:
     """Of the files, in order."""
     encoder: str
     """Checksum of the base model."""
+    redact: Redact | None = None
+    """Takes personal data out of a document."""
 
     def manifest_head(self) -> dict[str, Any]:
         """What the manifest begins with; all that a reader needs to embed a question is in it."""
@@ -60,8 +63,10 @@ def index_name(settings: Settings) -> str:
     return settings.knowledge.index or settings.name
 
 
-def plan(settings: Settings) -> Plan:
+def plan(settings: Settings, redact: Redact | None = None, rules: dict[str, object] | None = None) -> Plan:
     """Look at the source and name the index, without reading documents or starting Ray.
+
+    `redact` takes personal data out of documents, and `rules` stands for how in the fingerprint.
 
     Raises ConfigError, ModelError or StorageError, in one line, for a source or an encoder that cannot be used.
     """
@@ -87,5 +92,7 @@ def plan(settings: Settings) -> Plan:
         "encoder": encoder,
         "knowledge": knowledge.model_dump(mode="json", exclude=ELSEWHERE),
     }
+    if redact:
+        identity["redaction"] = rules
     ref = IndexRef(index_name(settings), storage.fingerprint(identity))
-    return Plan(ref, knowledge, tuple(found.files), found.others, checksums, encoder)
+    return Plan(ref, knowledge, tuple(found.files), found.others, checksums, encoder, redact)

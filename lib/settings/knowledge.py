@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Listed, Name, Positive, Section, Share
 
 INSTRUCTIONS = (
@@ -38,6 +39,9 @@ class KnowledgeSettings(Section):
     """Most tokens at the end of a passage that begin the next one too, in whole sentences."""
     language: str = "English"
     """Of the documents: how words are stemmed, and which are too common to be searched."""
+    redact: Annotated[RedactionSettings | None, BeforeValidator(switched)] = None
+    """Personal data that documents hold (the section is that of `data.redact`). Not by default: what customers may write to
+    stands in help pages on purpose."""
     max_unreadable: Share = 0.05
     """Share of the documents that may be unreadable: they are named and left out. With more there is no index."""
     keep: Positive = 3

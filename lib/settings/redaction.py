@@ -1,4 +1,5 @@
-"""Keys of `data.redact` and `serving.events.redact`: which personal data is replaced, and by what."""
+"""Keys of `data.redact`, `score.redact`, `knowledge.redact` and `serving.events.redact`: which personal data is replaced,
+and by what."""
 
 from __future__ import annotations
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
+from lib.settings.redaction import RedactionSettings, switched
 from lib.settings.sections import Format, Positive, Section, Share
 
 # Columns that every shard of scores has.
@@ -40,6 +41,9 @@ class ScoreSettings(Section):
     """chat: the most tokens of an answer."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
     """chat: 0 takes the likeliest token each time."""
+    redact: Annotated[RedactionSettings | None, BeforeValidator(switched)] = None
+    """The model is asked what has no personal data, and so are the scores (the section is that of `data.redact`); columns of
+    `keep` stay. Not by default: then the model is asked what it is asked when it serves."""
 
     @field_validator("keep")
     @classmethod

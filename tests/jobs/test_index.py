@@ -84,6 +84,20 @@ def test_documents_become_an_index_and_only_what_changed_is_made_again(
     assert current("shop") != ref
     assert IndexRef("shop", ref.fingerprint).exists()  # for those who still read it
 
+    (tmp_path / "help" / "colors.txt").write_text("Bad color. Ask ada@example.com.")
+    assert run(index, words) == 0
+    assert "redacted" not in capsys.readouterr().out
+    assert "Bad color. Ask ada@example.com." in texts()
+    assert run(index, [*words, "--knowledge.redact", "true"]) == 0
+    assert "redacted     EMAIL 1\n" in capsys.readouterr().out
+    assert current("shop").manifest()["redacted"] == {"EMAIL": 1}
+    assert "Bad color. Ask <EMAIL_1>." in texts()
+
+
+def texts() -> list[str]:
+    """Of the passages of the current index that say something of colours."""
+    return [row["text"] for row in Index(current("shop")).matching("color", 10)]
+
 
 @pytest.mark.parametrize(
     ("words", "says"),

@@ -50,6 +50,7 @@ def test_files_are_scored_once_by_the_champion(
 ) -> None:
     rows: list[dict[str, Any]] = [{"text": text, "id": i} for i, text in enumerate(texts(50))]
     rows[7]["text"] = "  "
+    rows[9]["text"] = "great, says ada@example.com"
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.jsonl").write_text("\n".join(map(json.dumps, rows[:30])))
     (tmp_path / "in" / "b.csv").write_text(
@@ -65,11 +66,12 @@ def test_files_are_scored_once_by_the_champion(
         "--score.output",
         str(tmp_path / "out"),
     ]
-    words += ["--score.keep", "{number: id}", "--score.rows_per_shard", "20"]
+    words += ["--score.keep", "{number: id}", "--score.rows_per_shard", "20", "--score.redact", "true"]
     assert run(score, words) == 0
     said = capsys.readouterr().out
     assert "model        shop@1 (torch fp32)" in said
     assert "1 bad\n" in said
+    assert "redacted     EMAIL 1\n" in said
     assert f"{tmp_path / 'in' / 'a.jsonl'} row 8 has no text" in said
 
     out = tmp_path / "out"
@@ -84,6 +86,8 @@ def test_files_are_scored_once_by_the_champion(
     assert scored[7]["problem"] == "has no text"
     with registry.open_version(ModelRef("shop", 1)) as folder:
         predictor = sentiment.load(folder, settings.serving)
+    rows[9]["text"] = "great, says <EMAIL_1>"
+    assert scored[9]["text"] == rows[9]["text"]
     good = [i for i in range(50) if i != 7]
     request = sentiment.Request(inputs=[rows[i]["text"] for i in good])
     for i, answer in zip(good, sentiment.predict(predictor, request).results, strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from lib.data.redact import Rules, together
 from lib.errors import ConfigError, DataError
-from lib.retrieval.documents import Document, find_documents, read_document
+from lib.retrieval.documents import Document, find_documents, read_document, without_personal_data
 
 MARKDOWN = """---
 title: "Sending *back*"
@@ -199,3 +201,19 @@ def test_a_source_that_names_nothing(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=rf"knowledge\.source: .*{says}"):
             find_documents([f"{tmp_path}/{source}"])
+
+
+def test_personal_data_leaves_title_headings_and_text_of_a_document(tmp_path: Path) -> None:
+    (tmp_path / "x.md").write_text(
+        "# Ask ada@example.com\n\nShe answers.\n\n## bob@example.com\n\nOr ada (at) example.com.\n\nSize 38.\n"
+    )
+    document = read(tmp_path / "x.md")
+    said, counts = without_personal_data(document, partial(together, rules=Rules()))
+    assert said.title == "Ask <EMAIL_1>"
+    assert told(said) == [
+        ("", "She answers."),
+        ("<EMAIL_2>", "Or <EMAIL_1>."),
+        ("<EMAIL_2>", "Size 38."),
+    ]
+    assert [block.place for block in said.blocks] == [block.place for block in document.blocks]
+    assert counts == {"EMAIL": 2}

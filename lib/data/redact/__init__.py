@@ -166,6 +166,14 @@ class Redaction:
         return self._known[known]
 
 
+def together(texts: list[str], rules: Rules) -> tuple[list[str], dict[str, int]]:
+    """Texts of one document, the same value under the same placeholder; kind → different values that were found."""
+    redaction = Redaction(rules)
+    worth = np.ones(len(texts), bool) if rules.names else may_hold(pa.array(texts, pa.string()))
+    said = [redaction.text(text) if look else text for text, look in zip(texts, worth, strict=True)]
+    return said, redaction.counts
+
+
 def may_hold(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
     """Bool [texts]: which may hold something that has a form."""
     return np.asarray(pc.fill_null(pc.match_substring_regex(texts, WORTH), False))

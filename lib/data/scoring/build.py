@@ -69,12 +69,14 @@ class Total:
     """Index of the file → rows."""
     shards: list[str]
     engine: str
+    redacted: Counter[str]
+    """Kind → values, once a row; `rows` that had any."""
 
 
 def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[str], None]) -> Total:
     from lib.data.stream import rows_of
 
-    total, said = Total(0, [], 0, {}, Counter(), [], ""), time.monotonic()
+    total, said = Total(0, [], 0, {}, Counter(), [], "", Counter()), time.monotonic()
     with ExitStack() as files:
         if planned.engine == "vllm":
             from lib.data.scoring import vllm
@@ -93,10 +95,10 @@ def _scored(planned: Planned, open_model: OpenModel, uri: str, say: Callable[[st
 def _by_predictor(planned: Planned, open_model: OpenModel, uri: str) -> ray.data.Dataset:
     import ray.data
 
-    from lib.data.stream import packed_blocks
+    from lib.data.stream import source
 
     settings = planned.settings
-    return packed_blocks(planned.reading, "score").map_batches(
+    return source(planned.reading, planned.texts, planned.rules, "score").map_batches(
         Scorer,
         fn_constructor_args=(planned, open_model, uri),
         batch_size=1,
@@ -116,6 +118,7 @@ def _add(total: Total, block: dict[str, Any]) -> None:
         total.tallies.setdefault(name, Counter()).update(counts)
     total.shards.append(block["shard"])
     total.engine = block["engine"]
+    total.redacted.update(block["redacted"])
 
 
 class Scorer:
@@ -141,6 +144,7 @@ class Scorer:
         kept = kept_of(planned, block.rows)
         counts = write_shard(planned, self._uri, shard_name(block), positions, kept, asked.rows, answers, bad)
         counts["engine"] = getattr(self._predictor, "encoder", self._predictor).name
+        counts["redacted"] = blocks.redacted_of(row)
         return pa.table({"counts": [json.dumps(counts)]})
 
     def _grounded(self, asked: Asked) -> tuple[pa.Table, dict[int, str]]:
@@ -214,6 +218,7 @@ def _manifest(planned: Planned, total: Total, seconds: float) -> dict[str, Any]:
         "engine": total.engine,
         "rows": total.rows,
         "bad": {"rows": total.bad_rows, "first": _bad_shown(planned, total)},
+        **({"redacted": dict(sorted(total.redacted.items()))} if planned.rules else {}),
         "figures": {name: dict(counts.most_common()) for name, counts in total.tallies.items()},
         "shards": sorted(total.shards),
         "sources": [

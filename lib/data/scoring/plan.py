@@ -12,6 +12,7 @@ from lib.artifacts import IndexRef
 from lib.data.blocks import Reading
 from lib.data.reading import shapes, sources
 from lib.data.reading.readers import column_names
+from lib.data.redact import Rules
 from lib.errors import ConfigError
 from lib.settings import Settings
 from lib.tasks import load_task, scores_files, served_as
@@ -42,6 +43,13 @@ class Planned:
     """What computes the answers: the task's own predictor, or vLLM in its place."""
     knowledge: IndexRef | None = None
     """chat: what the answers are grounded in, as they are when it serves."""
+    rules: Rules | None = None
+    """How personal data leaves what the model is asked."""
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """The columns that the model is asked."""
+        return frozenset(name for name in self.reading.columns if not name.startswith(KEPT))
 
     def manifest(self) -> dict[str, Any] | None:
         """What lies there already, of the same input and model.
@@ -109,6 +117,9 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
             mode="json", include={"limit", "rows_per_shard", "max_tokens", "temperature"}
         ),
     }
+    rules = Rules.of(wanted.redact, "score.redact") if wanted.redact else None
+    if wanted.redact and rules:
+        identity["redaction"] = [wanted.redact.model_dump(mode="json"), rules.identity()]
     knowledge = None
     if task == "chat" and settings.serving.knowledge is not None:
         from lib.data.grounding import identity as grounded
@@ -130,7 +141,7 @@ def plan(settings: Settings, model: str, digest: str) -> Planned:
         shapes=(shape,) if templates else (),
     )
     uri = storage.uri(folder)
-    return Planned(settings, task, model, reading, checksums, uri, fingerprint, engine, knowledge)
+    return Planned(settings, task, model, reading, checksums, uri, fingerprint, engine, knowledge, rules)
 
 
 def _engine(settings: Settings, task: str) -> Literal["predictor", "vllm"]:

@@ -24,8 +24,7 @@ def shard_name(block: Block) -> str:
 
 def asked_of(planned: Planned, rows: pa.Table) -> Asked:
     """What is asked of a block's rows."""
-    names = [name for name in planned.reading.columns if not name.startswith(KEPT)]
-    inputs = {name: blocks.flat(rows[name]) for name in names}
+    inputs = {name: blocks.flat(rows[name]) for name in planned.reading.columns if name in planned.texts}
     return load_task(planned.task).ask(inputs, planned.settings.data)
 
 

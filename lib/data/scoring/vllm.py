@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from lib.data import blocks
 from lib.data.scoring.grounded import context_of, grounded, prompter_of
 from lib.data.scoring.plan import Planned
 from lib.data.scoring.shards import asked_of, kept_of, shard_name, write_shard
-from lib.data.stream import packed_blocks
+from lib.data.stream import source
 from lib.errors import DataError, RequestError
 from lib.generation import check_prompt, prompt_of
 from lib.settings import ServingSettings
@@ -80,7 +81,7 @@ def answered(planned: Planned, folder: Path, uri: str) -> ray.data.Dataset:
         postprocess=functools.partial(answer_of, ends=ends_of(folder)),
     )
     asked = (
-        packed_blocks(planned.reading, "score")
+        source(planned.reading, planned.texts, planned.rules, "score")
         .map_batches(
             ask_block,
             fn_kwargs={"planned": planned, "folder": str(folder), "context": context_of(serving, folder)},
@@ -144,6 +145,10 @@ def ask_block(row: pa.Table, planned: Planned, folder: str, context: int) -> pa.
             "kept": pa.array([json.dumps(values) for values in kept], pa.string()),
             "messages": pa.array([json.dumps(turns) for turns in messages], pa.string()),
             "sources": pa.array([json.dumps(names) for names in sources], pa.string()),
+            # Once a block.
+            "redacted": pa.array(
+                [json.dumps(blocks.redacted_of(row) if i == 0 else {}) for i in range(size)]
+            ),
             "tokens": pa.array(prompts, pa.list_(pa.int32())),
             "problem": pa.array([bad.get(i, "") for i in range(size)], pa.string()),
             "answer": pa.array([said.get(i, "") for i in range(size)], pa.string()),
@@ -154,7 +159,7 @@ def ask_block(row: pa.Table, planned: Planned, folder: str, context: int) -> pa.
     )
 
 
-CARRIED = ("shard", "position", "kept", "messages", "sources", "problem")
+CARRIED = ("shard", "position", "kept", "messages", "sources", "redacted", "problem")
 
 
 def only(rows: pa.Table, good: bool) -> pa.Table:
@@ -206,4 +211,5 @@ def write_group(rows: pa.Table, planned: Planned, uri: str) -> pa.Table:
         bad,
     )
     counts["engine"] = engine_name(planned.settings.serving)
+    counts["redacted"] = sum((Counter(json.loads(text)) for text in rows["redacted"].to_pylist()), Counter())
     return pa.table({"counts": [json.dumps(counts)]})

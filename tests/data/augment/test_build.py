@@ -18,8 +18,8 @@ from lib.errors import ConfigError
 from lib.settings import Settings
 from lib.tasks import load_task
 from lib.training import batches
-from tests.data.test_build import contents, read, sentence, settings, varied, write_jsonl
 from tests.data.splitting.test_split_build import in_files
+from tests.data.test_build import contents, read, sentence, settings, varied, write_jsonl
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "storage")]
 

@@ -20,6 +20,7 @@ from lib.data.scoring import build as scoring
 from lib.data.scoring import vllm
 from lib.data.scoring.plan import Planned
 from lib.data.scoring.plan import plan as plan_of
+from lib.data.stream import redact_block
 from lib.errors import ConfigError, DataError
 from lib.settings import Settings
 from lib.tasks import load_task, scores_files
@@ -59,6 +60,13 @@ def opened(folder: Path) -> Iterator[Path]:
     yield folder
 
 
+def packed(plan: Planned) -> Iterator[pa.Table]:
+    """The blocks that a scorer gets."""
+    for block in blocks.read_blocks(plan.reading, 0, (0, len(plan.reading.files))):
+        row = blocks.to_row(block)
+        yield redact_block(row, list(plan.reading.columns), plan.texts, plan.rules) if plan.rules else row
+
+
 def shards(settings: Settings, base: Path, out: Path) -> tuple[list[dict[str, Any]], pa.Table]:
     """Counts of each block and the rows of all shards, by a fresh model of the tiny base."""
     task = load_task(settings.task)
@@ -72,10 +80,7 @@ def shards(settings: Settings, base: Path, out: Path) -> tuple[list[dict[str, An
     task.save(task.build(base, settings), base, info, folder)
     plan = plan_of(settings, "shop@1", "digest")
     scorer = scoring.Scorer(plan, lambda: opened(folder), places.uri(out / "scores"))
-    counts = [
-        json.loads(scorer(blocks.to_row(block))["counts"][0].as_py())
-        for block in blocks.read_blocks(plan.reading, 0, (0, len(plan.reading.files)))
-    ]
+    counts = [json.loads(scorer(row)["counts"][0].as_py()) for row in packed(plan)]
     tables = [pq.read_table(out / "scores" / count["shard"]) for count in counts]
     return counts, pa.concat_tables(tables)
 
@@ -189,6 +194,45 @@ def test_rows_on_their_way_to_vllm_and_back_are_in_their_places(
     assert table[3]["completion_tokens"] == 4
 
 
+def test_the_model_is_asked_what_has_no_personal_data(tiny_base: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": "great dress", "who": "ada@example.com"},
+        {"text": "bad fit, ask ada@example.com or ada (at) example.com", "who": "1"},
+        {"text": "bad fit, ask <EMAIL_1> or <EMAIL_1>", "who": "2"},
+    ]
+    settings = use(
+        "sentiment", write(tmp_path / "a.jsonl", *rows), tiny_base, redact=True, keep={"who": "who"}
+    )
+    (count,), table = shards(settings, tiny_base, tmp_path)
+    assert table["text"].to_pylist() == ["great dress", *["bad fit, ask <EMAIL_1> or <EMAIL_1>"] * 2]
+    assert table["who"].to_pylist() == ["ada@example.com", "1", "2"], "what is kept is as it was"
+    assert count["redacted"] == {"EMAIL": 1, "rows": 1}
+    _, first, second = table["scores:topic"].to_pylist()
+    assert first == pytest.approx(second, abs=1e-5), "the model read the address"
+
+
+def test_personal_data_leaves_dialogues_on_their_way_to_vllm(
+    storage: Path, tiny_chat_base: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": "I am ada@example.com, is it soft?"}, {"question": " "}]
+    plan = planned("chat", write(tmp_path / "a.jsonl", *rows), engine="vllm", redact={"kinds": ["EMAIL"]})
+    (row,) = packed(plan)
+    asked = vllm.ask_block(row, plan, str(tiny_chat_base), 256)
+    assert "ada" not in json.dumps(asked.drop_columns(["tokens"]).to_pylist())
+    said = [
+        vllm.answer_of(
+            {**one, "generated_tokens": [2], "generated_text": "yes", "num_input_tokens": 9}, frozenset()
+        )
+        for one in vllm.only(asked, good=True).to_pylist()
+    ]
+    bad = vllm.only(asked, good=False)
+    together = pa.concat_tables([bad, pa.Table.from_pylist(said, bad.schema)])
+    counts = json.loads(vllm.write_group(together, plan, places.uri(tmp_path / "out"))["counts"][0].as_py())
+    assert counts["redacted"] == {"EMAIL": 1, "rows": 1}
+    table = pq.read_table(tmp_path / "out" / counts["shard"]).to_pylist()
+    assert table[0]["messages"] == [{"role": "user", "content": "I am <EMAIL_1>, is it soft?"}]
+
+
 def test_a_kept_column_does_not_take_an_answers_place(tiny_base: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", {"text": "fits", "label": "good"})
     with pytest.raises(ConfigError, match=r"score.keep: 'label' is the name of a column of the scores"):
@@ -218,12 +262,14 @@ def test_the_same_input_and_model_have_the_same_name(storage: Path, tmp_path: Pa
     others = [
         planned("sentiment", source, limit=5),
         planned("sentiment", source, keep={"order": "order"}),
+        planned("sentiment", source, redact=True),
+        planned("sentiment", source, redact={"kinds": ["EMAIL"]}),
         plan_of(use("sentiment", source), "shop@2", "digest"),
         plan_of(use("sentiment", source), "shop@1", "another"),
     ]
     write(source, {"text": "fit", "order": 1})
     others.append(planned("sentiment", source))
-    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 6
+    assert len({first.fingerprint, *(other.fingerprint for other in others)}) == 8
 
 
 def test_an_output_that_is_taken_is_told(storage: Path, tmp_path: Path) -> None:
