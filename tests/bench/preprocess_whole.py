@@ -107,10 +107,16 @@ class Mend(BaseFormatter):
     def format(self, text):
         return mend(text)
 
+class Blanks:
+    # Punctuation is gone by then. Its own tokeniser of English is spaCy, which takes longer.
+    def word_tokenize(self, text):
+        return text.split()
+
 def main():
     source, out = sys.argv[1:3]
-    # Pairs of words; a language whose words are told by blanks, as all that its reader of English needs is not here.
     config = MinhashConfig(n_grams=2)
+    signature = MinhashDedupSignature(out + "/signatures", config, language="aii")  # one that asks for no package
+    signature.word_tokenizer = Blanks()
     workers = 2
     def run(steps, tasks):
         LocalPipelineExecutor(pipeline=steps, tasks=tasks, workers=workers, skip_completed=False,
@@ -119,7 +125,7 @@ def main():
     run([ParquetReader(source, text_key="text", batch_size=1000), Mend(), LambdaFilter(lambda d: len(d.text.split()) >= 3),
          ParquetWriter(out + "/mended")], workers)
     read = lambda: ParquetReader(out + "/mended", batch_size=1000)
-    run([read(), MinhashDedupSignature(out + "/signatures", config, language="aii")], workers)
+    run([read(), signature], workers)
     run([MinhashDedupBuckets(out + "/signatures", out + "/buckets", config=config)], config.num_buckets)
     run([MinhashDedupCluster(out + "/buckets", out + "/remove", config=config)], 1)
     run([read(), MinhashDedupFilter(out + "/remove"), ParquetWriter(out + "/kept")], workers)
