@@ -44,7 +44,7 @@ from lib.data.recommending import build as recommend
 from lib.data.splitting.split import FAR, Cuts
 from lib.data.splitting.split_passes import find_cuts
 from lib.data.stream import source, tables
-from lib.data.write_pass import Written, write
+from lib.data.write_pass import Writing, Written, write
 from lib.errors import DataError
 from lib.settings.splitting import Split
 from lib.tasks import load_task
@@ -75,9 +75,7 @@ def build(plan: Plan, say: Callable[[str], None] = print) -> dict[str, Any]:
         del hashes  # 36 bytes a row and more, in the object store
         say("tokenising and writing")
         packed = with_written(read("write"), plan.reading, plan.settings, found, new, plan.rules)
-        written = write(
-            plan.reading, plan.settings, packed, scanned, found, uri, say, plan.knowledge, new, plan.rules
-        )
+        written = write(Writing.of(plan, uri, scanned, found, new), packed, scanned.rows, say)
         quarantine.gather(uri)
         _check_written(plan, scanned, written, uri)
         manifest = _manifest(plan, scanned, written, found.cuts)

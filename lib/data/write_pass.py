@@ -29,6 +29,7 @@ from lib.data.blocks import Reading
 from lib.data.examples import Examples, first_of, join_examples
 from lib.data.passes import Scanned
 from lib.data.places import Found, Places, places
+from lib.data.plan import Plan
 from lib.data.reading import quarantine
 from lib.data.reading.quarantine import UNENCODABLE, Entry, Quarantined
 from lib.data.reading.rows import beginning
@@ -37,7 +38,7 @@ from lib.data.redact import Rules
 from lib.data.shards import SplitCount, write_shards
 from lib.data.splitting import weights
 from lib.data.stream import parallel_tasks, rows_of
-from lib.settings import DataSettings, Settings
+from lib.settings import Settings
 from lib.tasks import UnencodableError, load_task
 
 SAY_SECONDS = 10
@@ -76,42 +77,56 @@ class Written:
     splits: dict[str, SplitCount] = field(default_factory=lambda: {name: SplitCount() for name in SPLITS})
 
 
-def write(
-    reading: Reading,
-    settings: Settings,
-    packed: ray.data.Dataset,
-    scanned: Scanned,
-    found: Found,
-    uri: str,
-    say: Callable[[str], None],
-    knowledge: IndexRef | None = None,
-    making: Making | None = None,
-    rules: Rules | None = None,
-) -> Written:
-    """Second pass: over the same blocks again, leave out what is dropped, encode, write the shards under `uri`. Dialogues get the
-    passages that `knowledge` has for them, and `making` makes further rows of those that train.
+@dataclass(frozen=True)
+class Writing:
+    """What every task of the second pass knows."""
+
+    reading: Reading
+    settings: Settings
+    uri: str
+    """Under which the shards lie."""
+    found: Found
+    first_shards: Sequence[int]
+    """Fragment → number of its first shard."""
+    usable: int
+    """Rows that there are in all."""
+    knowledge: IndexRef | None = None
+    """Whose passages dialogues get."""
+    making: Making | None = None
+    """Makes further rows of those that train."""
+    rules: Rules | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, uri: str, scanned: Scanned, found: Found, making: Making | None) -> Writing:
+        """After the first pass."""
+        shards = [scanned.blocks[fragment] for fragment in range(len(plan.reading.fragments()))]
+        first_shards = np.cumsum([0, *shards]).tolist()
+        return cls(
+            plan.reading,
+            plan.settings,
+            uri,
+            found,
+            first_shards,
+            scanned.usable,
+            plan.knowledge,
+            making,
+            plan.rules,
+        )
+
+
+def write(job: Writing, packed: ray.data.Dataset, rows: int, say: Callable[[str], None]) -> Written:
+    """Second pass: over the same blocks again, `rows` rows in all, leave out what is dropped, encode, write the shards.
 
     Where there is no terminal for bars, `say` gets a line of progress now and then.
     """
-    first_shards = np.cumsum([0] + [scanned.blocks[i] for i in range(len(reading.fragments()))]).tolist()
     counts = packed.map_batches(
         write_block,
-        fn_kwargs={
-            "reading": reading,
-            "settings": settings,
-            "first_shards": first_shards,
-            "found": found,
-            "uri": uri,
-            "knowledge": knowledge,
-            "making": making,
-            "usable": scanned.usable,
-            "rules": rules,
-        },
+        fn_kwargs={"job": job},
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
     )
-    written = Written()
+    written, data = Written(), job.settings.data
     said = time.monotonic()
     for row in rows_of(counts):
         block = json.loads(row["counts"])
@@ -126,19 +141,19 @@ def write(
         written.leaking += block["leaking"]
         written.undersampled += block["undersampled"]
         written.augmented.update(block["augmented"])
-        written.sampled = noise.kept([*written.sampled, *block["sampled"]], settings.data)
+        written.sampled = noise.kept([*written.sampled, *block["sampled"]], data)
         written.thinned += block["thinned"]
         written.repeated += block["repeated"]
-        for index, rows in block["kept"].items():
+        for index, kept in block["kept"].items():
             before = written.kept.get(int(index), [0] * len(SPLITS))
-            written.kept[int(index)] = [a + b for a, b in zip(before, rows, strict=True)]
+            written.kept[int(index)] = [a + b for a, b in zip(before, kept, strict=True)]
         written.redacted.update(block["redacted"])
-        join_examples(written.examples, block["examples"], settings.data.clean.samples)
+        join_examples(written.examples, block["examples"], data.clean.samples)
         for split, count in block["splits"].items():
             written.splits[split].add(SplitCount(**count))
         if time.monotonic() - said > SAY_SECONDS and not sys.stdout.isatty():
             said = time.monotonic()
-            say(f"written {written.rows:,} of {scanned.rows:,} rows")
+            say(f"written {written.rows:,} of {rows:,} rows")
     return written
 
 
@@ -161,36 +176,28 @@ class Chosen:
     """As `Written.sampled`."""
 
 
-def write_block(
-    row: pa.Table,
-    reading: Reading,
-    settings: Settings,
-    first_shards: Sequence[int],
-    found: Found,
-    uri: str,
-    knowledge: IndexRef | None = None,
-    making: Making | None = None,
-    usable: int = 0,
-    rules: Rules | None = None,
-) -> pa.Table:
-    """Runs in a task: one block's shards; its counts. `usable` rows there are in all."""
+def write_block(row: pa.Table, job: Writing) -> pa.Table:
+    """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    reading, settings = job.reading, job.settings
     task, data = load_task(settings.task), settings.data
     block = blocks.from_row(row, list(reading.columns))
-    ready = prepare(block.rows, settings, ray.get(list(found.rejected)))
+    ready = prepare(block.rows, settings, ray.get(list(job.found.rejected)))
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
     texts = ready.prepared.texts.filter(pa.array(ready.usable))
     labels = ready.prepared.labels[ready.usable]
-    at = places(found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
-    chosen = _chosen(row, block, ready, at, reading, data, making, usable)
+    at = places(job.found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
+    chosen = _chosen(row, block, ready, at, job)
     refused: dict[int, str] | None = {} if reading.bad_rows else None
     try:
         splits = write_shards(
-            chosen.rows if knowledge is None else grounding.ground(chosen.rows, settings, knowledge, refused),
+            chosen.rows
+            if job.knowledge is None
+            else grounding.ground(chosen.rows, settings, job.knowledge, refused),
             chosen.split,
-            first_shards[block.fragment] + block.number,
-            uri,
+            job.first_shards[block.fragment] + block.number,
+            job.uri,
             task,
             settings.model,
             task.classes(data),
@@ -199,7 +206,7 @@ def write_block(
     except UnencodableError as error:
         first = [int(positions[chosen.sources[error.row]]), str(error)]
         return pa.table({"counts": [json.dumps({"refused": first})]})
-    entries = quarantine.set_aside(block, ready, settings, rules)
+    entries = quarantine.set_aside(block, ready, settings, job.rules)
     if refused:
         # New rows that were made of a row are refused with it, which is told once.
         whose = {int(chosen.sources[n]): reason for n, reason in refused.items()}
@@ -207,9 +214,9 @@ def write_block(
             Entry(int(positions[n]), UNENCODABLE, reason, beginning(texts[n].as_py()))
             for n, reason in whose.items()
         ]
-        entries += quarantine.without_personal_data(more, rules)
+        entries += quarantine.without_personal_data(more, job.rules)
         entries.sort(key=lambda entry: entry.position)
-    quarantine.write(entries, reading, block, uri)
+    quarantine.write(entries, reading, block, job.uri)
     why = {reason.name.lower(): at.reasons == reason for reason in Reason}
     if data.leakage == "check":
         why |= {"leaking": at.leaking | why["leaking"], "moved": at.moved}
@@ -232,17 +239,9 @@ def write_block(
     return pa.table({"counts": [json.dumps(counts)]})
 
 
-def _chosen(
-    row: pa.Table,
-    block: blocks.Block,
-    ready: Ready,
-    at: Places,
-    reading: Reading,
-    data: DataSettings,
-    making: Making | None,
-    usable: int,
-) -> Chosen:
-    """Of a block, packed as `row`: what stays, as often as the weights say, and what `making` makes of it."""
+def _chosen(row: pa.Table, block: blocks.Block, ready: Ready, at: Places, job: Writing) -> Chosen:
+    """Of a block, packed as `row`: what stays, as often as the weights say, and what is made of it."""
+    reading, data, making = job.reading, job.settings.data, job.making
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
     rows = ready.prepared.rows
     for name in data.slices:
@@ -256,7 +255,7 @@ def _chosen(
     )
     sources = np.flatnonzero(copies)
     rows, split = rows.take(pa.array(sources)), at.split[sources]
-    sampled = noise.sample(rows, split, ready.high[sources], positions[sources], data, usable)
+    sampled = noise.sample(rows, split, ready.high[sources], positions[sources], data, job.usable)
     made: Counter[str] = Counter()
     if making is not None:
         labels = ready.prepared.labels[ready.usable][sources]
