@@ -8,6 +8,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, create_model
 
 from lib.settings import ServingSettings
 from lib.tasks import sentiment as task
+from lib.times import Moment
 
 # Lines of text without control characters, for which the database has room.
 Line = r"^[^\x00-\x1f\x7f]*[^\x00-\x20\x7f][^\x00-\x1f\x7f]*$"
@@ -32,8 +33,8 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     text: Annotated[str, Field(min_length=1)]
-    time: AwareDatetime
-    """When it was said, with an offset from UTC."""
+    time: Moment
+    """When it was said."""
     source: Name
     entity: Name
     """Of whom or what it speaks."""

@@ -7,8 +7,10 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from lib import times
+from lib.times import Moment
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,36 @@ def test_a_column_is_read_as_each_of_its_values_and_the_wrong_ones_are_told() ->
 def test_where_the_order_counts_a_time_needs_no_offset(value: str, expected: int) -> None:
     assert times.seconds(value, assume_utc=True) == expected
     assert times.column(pa.array([value]), assume_utc=True)[0].tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, 0),
+        (1.5, 1),
+        (1772355600, 1772355600),
+        (1772355600123, 1772355600),
+        ("2026-03-01T09:00:00Z", 1772355600),
+    ],
+)
+def test_a_request_tells_a_time_as_text_or_number(value: float | str, expected: int) -> None:
+    found = TypeAdapter(Moment).validate_python(value)
+    assert int(found.timestamp()) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("0.0", "'0.0' is no time; write it as 2026-03-01T09:00:00Z"),
+        ("1772355600", "write it as"),
+        (True, "True is no time"),
+        (-1, "-1 is no number of seconds or milliseconds since 1970"),
+        (float("nan"), "is no number of seconds"),
+        (1e300, "is no number of seconds"),
+        ("2026-03-01T09:00:00", "should have timezone info"),
+        ([], "valid datetime"),
+    ],
+)
+def test_what_is_no_time_of_a_request_says_so(value: object, says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        TypeAdapter(Moment).validate_python(value)

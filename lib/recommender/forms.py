@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from lib.times import Moment
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -22,7 +24,7 @@ class Did(Form):
     item: Id
     event: Annotated[str, Field(max_length=200)] | None = None
     """What was done, such as view or buy; not needed where the model knows one only."""
-    time: AwareDatetime | None = None
+    time: Moment | None = None
     """When; an interaction without follows the one before it at once."""
 
 
@@ -146,7 +148,7 @@ class InteractionForm(Form):
     user_id: Id
     item: Id
     event: Annotated[str, Field(max_length=200)] | None = None
-    time: AwareDatetime | None = None
+    time: Moment | None = None
     """When; now, where it is not said."""
     id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     """Of the event: sent again, it counts once. One without has that of what it says."""
