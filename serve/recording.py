@@ -44,7 +44,7 @@ class FeedbackRequest(BaseModel):
         },
     )
     request_id: Annotated[str, Field(min_length=1, max_length=128)]
-    rating: Annotated[float, Field(ge=-1, le=1)] | None = None
+    rating: Annotated[float, Field(ge=-1, le=1, strict=True)] | None = None
     """-1 bad, 1 good."""
     label: Annotated[str, Field(min_length=1, max_length=200)] | None = None
     """What the answer should have been, of an application that chooses labels."""

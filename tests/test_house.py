@@ -108,6 +108,18 @@ def test_readme_configurations_are_valid() -> None:
     }
 
 
+def test_the_applications_of_the_demo_stand_side_by_side_as_serve_deploys_them() -> None:
+    from lib.settings import load_settings
+
+    (configs,) = re.findall(r"^CONFIG \?= (.*)$", Path("Makefile").read_text(), re.M)
+    found = [load_settings(file) for file in configs.split()]
+    served = yaml.safe_load(Path("serve/config.yaml").read_text())["applications"]
+    assert {one.name: one.serving.route_prefix for one in found} == {
+        one["name"]: one["route_prefix"] for one in served
+    }
+    assert len({one.serving.route_prefix for one in found}) == len(found)
+
+
 def test_make_help_lists_every_documented_target() -> None:
     shown = subprocess.run(["make", "help"], capture_output=True, text=True, check=True).stdout
     for target in ("setup", "demo", "stop", "test", "ui", "lock"):

@@ -9,7 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lib.times import Moment
 
 Id = Annotated[str, Field(min_length=1, max_length=200)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+# Strict: by itself pydantic takes "0.5", true and "yes" for numbers and switches, which the description does not say.
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
 MOST_HISTORY = 10_000
 MOST_ITEMS = 1_000
 
@@ -45,9 +48,9 @@ class Who(Form):
     """The earliest first; ids of items, or what was done with them when."""
     context: dict[str, str | Number] = {}
     """What is known of the user, by the columns of the table of users that the model learned from."""
-    k: Annotated[int, Field(ge=1, le=MOST_ITEMS)] = 10
+    k: Annotated[int, Field(ge=1, le=MOST_ITEMS, strict=True)] = 10
     filters: FilterForm = FilterForm()
-    exclude_seen: bool = True
+    exclude_seen: Switch = True
     """Leave out what the history has."""
 
 
@@ -57,7 +60,7 @@ class Request(Who):
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"history": ["50", "181"], "k": 5, "diversity": 0.2}]}
     )
-    diversity: Annotated[float, Field(ge=0, le=1)] | None = None
+    diversity: Share | None = None
     """How much being unlike what is shown before it counts against an item's score; null: as the application is set."""
 
     @model_validator(mode="after")
@@ -74,7 +77,7 @@ class SearchRequest(Who):
         extra="forbid", json_schema_extra={"examples": [{"query": "space adventure", "history": ["50"]}]}
     )
     query: Annotated[str, Field(min_length=1, max_length=1_000)]
-    taste: Annotated[float, Field(ge=0, le=1)] = 0.3
+    taste: Share = 0.3
     """How much the user's taste counts beside the words."""
 
     @model_validator(mode="after")
@@ -161,7 +164,7 @@ class ItemForm(Form):
     categories: dict[str, Annotated[list[Annotated[str, Field(max_length=200)]], Field(max_length=100)]] = {}
     """Column → values."""
     numbers: dict[str, Number] = {}
-    available: bool = True
+    available: Switch = True
     """false takes it off the shelf."""
 
 

@@ -224,6 +224,9 @@ def test_words_find_what_says_the_same(films: Endpoint) -> None:
         ({"history": [], "filters": {"numbers": {"weight": [1, 2]}}}, "filters.numbers.weight"),
         ({"history": [], "context": {"shoe": 42}}, "context.shoe"),
         ({"history": [], "diversity": 2}, "diversity"),
+        ({"history": [], "diversity": False}, "diversity"),
+        ({"history": [], "exclude_seen": "yes"}, "exclude_seen"),
+        ({"history": [], "k": "5"}, "k"),
         ({"history": [], "unknown": 1}, "unknown"),
     ],
 )
