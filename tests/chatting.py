@@ -14,7 +14,7 @@ from lib import storage, tracking
 from lib.artifacts import SPLITS, DatasetRef, TaskFile
 from lib.settings import Settings
 from lib.tasks import load_task
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 # What a question about each word is answered with.
 GOOD = {"dress": "love the fit", "shirt": "great color", "fabric": "so soft"}

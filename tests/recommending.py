@@ -17,7 +17,7 @@ from lib.recommender import vectors
 from lib.recommender.items import Scale
 from lib.registry import VERSION_FILE
 from lib.settings import Settings
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 ITEMS = 24
 GENRES = ["old", "new", "odd"]

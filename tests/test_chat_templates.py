@@ -15,7 +15,7 @@ from lib.chat_templates import IGNORED
 from lib.dialogues import MalformedError
 from lib.errors import ConfigError
 from lib.settings import ModelSettings
-from tests.conftest import CHATML
+from tests.tiny import CHATML
 
 # `{g}` and `{/g}` stand where a template marks what the assistant says.
 HEADERS = (

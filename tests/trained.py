@@ -17,7 +17,7 @@ from lib.evaluation.report import PREDICTIONS
 from lib.evaluation.scoring import Scored
 from lib.settings import EvaluationSettings, Settings
 from lib.tasks import load_task
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 LABELS = ["negative", "neutral", "positive"]
 

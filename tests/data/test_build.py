@@ -25,7 +25,7 @@ from lib.data.build import build
 from lib.data.plan import Plan, plan
 from lib.errors import DataError
 from lib.settings import Settings
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster", "storage")]
 

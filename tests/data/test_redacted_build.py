@@ -19,7 +19,7 @@ from lib.data.redact import names
 from lib.errors import ConfigError
 from lib.settings import Settings
 from lib.tasks import load_task
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 ADDRESSES = re.compile(r"[\w.]+@example\.com|4111 1111 1111 1111")
 

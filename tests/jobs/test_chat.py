@@ -19,7 +19,7 @@ from lib.data.plan import plan
 from lib.errors import DataError
 from lib.settings import ServingSettings, Settings
 from lib.tasks import chat
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 ANSWER = "love it, a great fit"

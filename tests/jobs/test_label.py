@@ -20,8 +20,8 @@ import yaml
 from jobs.label import label
 from jobs.preprocess import preprocess
 from lib.command import run
-from tests.conftest import WORDS
 from tests.endpoints import Labeller
+from tests.tiny import WORDS
 
 pytestmark = pytest.mark.usefixtures("storage")
 

@@ -23,7 +23,7 @@ from lib.evaluation import report as files
 from lib.events import Feedback
 from lib.recommender import items as catalogue
 from lib.settings import Settings
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.usefixtures("ray_cluster")]
 

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from lib.encoders import load_tokenizer
 from lib.retrieval.chunks import Chunker, Passage
 from lib.retrieval.documents import Block, Document
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from lib.errors import ConfigError, DataError
 from lib.labels import MISSING, UNKNOWN
 from lib.settings import ServingSettings, Settings
 from lib.tasks import sentiment
-from tests.conftest import WORDS
+from tests.tiny import WORDS
 
 HEADS: dict[str, Any] = {
     "sentiment": {"column": "stars", "labels": {1: "bad", 2: "good"}},
