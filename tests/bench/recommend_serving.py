@@ -59,6 +59,7 @@ PATH = "/v1/recommendations"
 def settings_of(port: int, replicas: int = 1) -> Settings:
     words = {
         "serving.model": "movies@1",
+        "serving.route_prefix": "/",
         "serving.port": port,
         "serving.min_replicas": replicas,
         "serving.max_replicas": replicas,
