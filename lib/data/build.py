@@ -25,7 +25,7 @@ from typing import Any
 from lib import heads, storage, tracking
 from lib.artifacts import SPLITS
 from lib.data import noise, report
-from lib.data.alike.near_passes import near_duplicates, straddling
+from lib.data.alike.near_passes import Source, near_duplicates, straddling
 from lib.data.augment.making import making
 from lib.data.augment.writing import with_written
 from lib.data.clean import REJECTING
@@ -110,14 +110,14 @@ def _found(
     rejected = find_rejected(scanned, hashes)
     exact = None if data.duplicates == "keep" else find_duplicates(reading, hashes, plan.settings)
     alike = placed = None
-    looking = (reading, plan.settings, read, scanned, hashes, rejected)
+    texts = Source(reading, plan.settings, read, scanned, hashes, rejected)
     if data.near.duplicates == "drop" or data.checks_leakage:
         say("comparing texts")
     if data.near.duplicates == "drop":
-        alike = near_duplicates(*looking, exact)
+        alike = near_duplicates(texts, exact)
     cuts = find_cuts(reading, plan.settings, hashes, exact, alike)
     if data.checks_leakage:
-        placed = straddling(*looking, exact, alike, cuts=cuts)
+        placed = straddling(texts, exact, alike, cuts=cuts)
     return Found(tables(rejected), tables(exact, alike), tables(placed), cuts)
 
 

@@ -13,6 +13,7 @@ most. No process holds more than a partition or a block. Where nothing agrees in
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -46,69 +47,60 @@ from lib.settings import Settings
 ROW_BYTES, MEMBER_BYTES = 24, 44
 
 
-def near_duplicates(
-    reading: Reading,
-    settings: Settings,
-    read: Callable[[str], Dataset],
-    scanned: Scanned,
-    hashes: Dataset,
-    rejected: Dataset | None,
-    exact: Dataset,
-) -> Dataset | None:
+@dataclass(frozen=True)
+class Source:
+    """What is compared: a source after the first pass."""
+
+    reading: Reading
+    settings: Settings
+    read: Callable[[str], Dataset]
+    """The packed blocks of a pass, by its name (`stream.source`)."""
+    scanned: Scanned
+    hashes: Dataset
+    """Those of `passes.scan`."""
+    rejected: Dataset | None
+    """What `data.clean` has left out (`passes.find_rejected`)."""
+
+
+def near_duplicates(source: Source, exact: Dataset) -> Dataset | None:
     """A dataset of dedup.DROPPED: of each cluster of near duplicates, all rows but the best; None where there are none.
 
-    `read` gives the packed blocks of a pass by its name (`passes.source`), `hashes` are those of `passes.scan`; rows of `exact` are dropped already.
+    Rows of `exact` are dropped already.
     """
-    found = _Search(reading, settings, read, scanned, hashes, rejected, by_group=False).clusters(exact)
+    found = _Search(source, by_group=False).clusters(exact)
     if found is None:
         return None
-    return found.decided(clusters.drop_all_but_the_best, data=settings.data, ranks=reading.ranks(settings))
+    data, ranks = source.settings.data, source.reading.ranks(source.settings)
+    return found.decided(clusters.drop_all_but_the_best, data=data, ranks=ranks)
 
 
-def straddling(
-    reading: Reading,
-    settings: Settings,
-    read: Callable[[str], Dataset],
-    scanned: Scanned,
-    hashes: Dataset,
-    rejected: Dataset | None,
-    *dropped: Dataset | None,
-    cuts: Cuts | None = None,
-) -> Dataset | None:
+def straddling(source: Source, *dropped: Dataset | None, cuts: Cuts | None = None) -> Dataset | None:
     """A dataset of clusters.PLACED: rows that belong elsewhere than their own text says, since what they resemble is
     there; None where there are none.
 
     What is compared is what decides the split: `Prepared.groups`, else what near duplicates are told by. Rows of one of
     `data.split.group` are one cluster, whatever they say.
     """
-    data = settings.data
+    data, scanned = source.settings.data, source.scanned
     owned = data.split.group is not None
     if not scanned.grouped and data.near.duplicates == "drop" and not (owned and len(data.sources) > 1):
         return None  # no cluster has two rows left
-    search = _Search(reading, settings, read, scanned, hashes, rejected, by_group=scanned.grouped)
+    search = _Search(source, by_group=scanned.grouped)
     equal = scanned.grouped or owned or data.duplicates == "keep"
     found = search.clusters(*dropped, equal=equal, alike=not owned)
     if found is None:
         return None
-    return found.decided(clusters.into_one_split, data=data, given=reading.given, cuts=cuts)
+    return found.decided(clusters.into_one_split, data=data, given=source.reading.given, cuts=cuts)
 
 
 class _Search:
     """One search for clusters, by what rows say or by what decides their split."""
 
-    def __init__(
-        self,
-        reading: Reading,
-        settings: Settings,
-        read: Callable[[str], Dataset],
-        scanned: Scanned,
-        hashes: Dataset,
-        rejected: Dataset | None,
-        by_group: bool,
-    ) -> None:
-        self.reading, self.settings, self.rows = reading, settings, scanned.usable
-        self.read = read
-        self.hashes, self.rejected, self.by_group = hashes, rejected, by_group
+    def __init__(self, source: Source, by_group: bool) -> None:
+        scanned = source.scanned
+        self.reading, self.settings, self.rows = source.reading, source.settings, scanned.usable
+        self.read = source.read
+        self.hashes, self.rejected, self.by_group = source.hashes, source.rejected, by_group
         self.column = "group_bands" if by_group else "text_bands"
         # Of the mean row.
         self.sketch_bytes = ROW_BYTES + 4 * scanned.sketched[self.column] // max(scanned.usable, 1)
