@@ -16,7 +16,7 @@ from typing import Any
 
 from lib import storage
 from lib.command import connect, main
-from lib.data.redact import Rules, together
+from lib.data.redact import Rules, together, told
 from lib.retrieval.documents import Redact
 from lib.retrieval.index import make_current
 from lib.retrieval.plan import Plan, plan
@@ -58,7 +58,7 @@ def report(planned: Plan, manifest: dict[str, Any], moved: bool) -> None:
     for why in manifest["unreadable"]:
         print(f"unreadable   {why}")
     if (redacted := manifest.get("redacted")) is not None:
-        print(f"redacted     {', '.join(f'{kind} {n:,}' for kind, n in redacted.items()) or 'nothing'}")
+        print(f"redacted     {told(redacted)}")
     print(f"passages     {manifest['passages']:,}, vectors of {manifest['width']} by {manifest['base']}")
     print(f"written to   {storage.display(planned.ref.uri)}")
     print(

@@ -20,6 +20,7 @@ from lib.data.explain import explain
 from lib.data.plan import Plan, plan
 from lib.data.reading.quarantine import FILE as QUARANTINE
 from lib.data.reading.quarantine import REASONS
+from lib.data.redact import told
 from lib.data.report import FILE as REPORT
 from lib.settings import Settings
 
@@ -73,10 +74,8 @@ def report(planned: Plan, manifest: dict[str, Any]) -> None:
         print(f"{split:12} {count['rows']:>10,} {by_label} {mean:>11.1f}  {count['truncated']:>9,}")
     for line in [*_by_source(manifest), *_wrong_labels(manifest, storage.display(planned.ref.uri))]:
         print(line)
-    if redacted := dict(manifest.get("redacted", {})):
-        rows = redacted.pop("rows", 0)
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in redacted.items())
-        print(f"redacted     {f'{kinds}, in {rows:,} rows' if rows else 'nothing'}")
+    if (redacted := manifest.get("redacted")) is not None:
+        print(f"redacted     {told(redacted)}")
     if "augmented" in manifest:
         made = dict(manifest["augmented"])
         none = {"unchanged": made.pop("unchanged", 0), "known": made.pop("known", 0)}

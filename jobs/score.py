@@ -17,6 +17,7 @@ from typing import Any
 from lib import registry, storage
 from lib.artifacts import TASK_FILE
 from lib.command import connect, main
+from lib.data.redact import told
 from lib.data.scoring import build as scoring
 from lib.data.scoring.plan import Planned, plan
 from lib.errors import ModelError
@@ -47,8 +48,7 @@ def report(planned: Planned, manifest: dict[str, Any]) -> None:
     print(f"model        {manifest['model']} ({manifest['engine']})")
     print(f"rows         {rows:,} in {seconds:,.0f} s; {manifest['bad']['rows']:,} bad")
     if (redacted := manifest.get("redacted")) is not None:
-        kinds = ", ".join(f"{kind} {n:,}" for kind, n in redacted.items() if kind != "rows")
-        print(f"redacted     {kinds or 'nothing'}")
+        print(f"redacted     {told(redacted)}")
     for line in manifest["bad"]["first"]:
         print(f"  {line}")
     for name, counts in manifest["figures"].items():

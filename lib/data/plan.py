@@ -145,7 +145,6 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     columns = {**task.columns(data, known), **data.slices, **split.columns(data)}
     if data.near.column is not None:
         columns["worth"] = data.near.column
-    keys = _keys(columns, data)
     tables = {
         name: _table(name, table) for name, table in (("items", data.items), ("users", data.users)) if table
     }
@@ -154,7 +153,9 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Plan:
     shapes.check_used(data.templates, [column for shape in shaped for column in shape.columns.values()])
     for file, names in zip(files, present, strict=True):
         if not isinstance(names, DataError):
-            of_file = {keys[name]: column for name, column in shaped[file.source].columns.items()}
+            of_file = {
+                shapes.key_of(name, data): column for name, column in shaped[file.source].columns.items()
+            }
             for key, column in shapes.wanted(of_file, data.templates):
                 sources.check_columns(file, {key: column}, names)
     with ThreadPoolExecutor(8) as pool:
@@ -199,20 +200,6 @@ def _check(settings: Settings) -> None:
         raise ConfigError("data.quarantine: recommend needs every row of its source; leave it out")
     if task == "recommend" and any(entry.weight != 1 for _, entry in _entries(data)):
         raise ConfigError("data.source: a weight repeats rows, and recommend counts them; leave it out")
-
-
-def _keys(columns: Iterable[str], data: DataSettings) -> dict[str, str]:
-    """Name here of each column → the key that names it in the source, below `data`."""
-
-    def key(name: str) -> str:
-        if name == "worth":
-            return "near.column"
-        if name in data.slices:
-            return f"slices.{name}"
-        # A task may name a column by the whole of its key, such as `heads.topic.column`.
-        return name if "." in name else f"columns.{name}"
-
-    return {name: key(name) for name in columns}
 
 
 def _identity(settings: Settings, rules: Rules | None, knowledge: IndexRef | None) -> dict[str, Any]:

@@ -20,12 +20,11 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from lib.artifacts import SPLITS, IndexRef
+from lib.artifacts import SPLITS
 from lib.data import blocks, grounding, noise
 from lib.data.alike import dedup
 from lib.data.alike.dedup import Reason
 from lib.data.augment.making import Making, written_for
-from lib.data.blocks import Reading
 from lib.data.examples import Examples, first_of, join_examples
 from lib.data.passes import Scanned
 from lib.data.places import Found, Places, places
@@ -34,11 +33,9 @@ from lib.data.reading import quarantine
 from lib.data.reading.quarantine import UNENCODABLE, Entry, Quarantined
 from lib.data.reading.rows import beginning
 from lib.data.ready import Ready, prepare
-from lib.data.redact import Rules
 from lib.data.shards import SplitCount, write_shards
 from lib.data.splitting import weights
 from lib.data.stream import parallel_tasks, rows_of
-from lib.settings import Settings
 from lib.tasks import UnencodableError, load_task
 
 SAY_SECONDS = 10
@@ -81,8 +78,7 @@ class Written:
 class Writing:
     """What every task of the second pass knows."""
 
-    reading: Reading
-    settings: Settings
+    plan: Plan
     uri: str
     """Under which the shards lie."""
     found: Found
@@ -90,28 +86,14 @@ class Writing:
     """Fragment → number of its first shard."""
     usable: int
     """Rows that there are in all."""
-    knowledge: IndexRef | None = None
-    """Whose passages dialogues get."""
-    making: Making | None = None
+    making: Making | None
     """Makes further rows of those that train."""
-    rules: Rules | None = None
 
     @classmethod
     def of(cls, plan: Plan, uri: str, scanned: Scanned, found: Found, making: Making | None) -> Writing:
         """After the first pass."""
         shards = [scanned.blocks[fragment] for fragment in range(len(plan.reading.fragments()))]
-        first_shards = np.cumsum([0, *shards]).tolist()
-        return cls(
-            plan.reading,
-            plan.settings,
-            uri,
-            found,
-            first_shards,
-            scanned.usable,
-            plan.knowledge,
-            making,
-            plan.rules,
-        )
+        return cls(plan, uri, found, np.cumsum([0, *shards]).tolist(), scanned.usable, making)
 
 
 def write(job: Writing, packed: ray.data.Dataset, rows: int, say: Callable[[str], None]) -> Written:
@@ -126,7 +108,7 @@ def write(job: Writing, packed: ray.data.Dataset, rows: int, say: Callable[[str]
         batch_format="pyarrow",
         compute=ray.data.TaskPoolStrategy(size=parallel_tasks()),
     )
-    written, data = Written(), job.settings.data
+    written, data = Written(), job.plan.settings.data
     said = time.monotonic()
     for row in rows_of(counts):
         block = json.loads(row["counts"])
@@ -180,7 +162,7 @@ def write_block(row: pa.Table, job: Writing) -> pa.Table:
     """Runs in a task: one block's shards; its counts."""
     # Tasks run side by side already; each with a tokeniser of many threads would only contend.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    reading, settings = job.reading, job.settings
+    reading, settings, rules = job.plan.reading, job.plan.settings, job.plan.rules
     task, data = load_task(settings.task), settings.data
     block = blocks.from_row(row, list(reading.columns))
     ready = prepare(block.rows, settings, ray.get(list(job.found.rejected)))
@@ -190,11 +172,10 @@ def write_block(row: pa.Table, job: Writing) -> pa.Table:
     at = places(job.found, reading, data, positions, labels, ready.group, ready.high, ready.seconds)
     chosen = _chosen(row, block, ready, at, job)
     refused: dict[int, str] | None = {} if reading.bad_rows else None
+    knowledge = job.plan.knowledge
     try:
         splits = write_shards(
-            chosen.rows
-            if job.knowledge is None
-            else grounding.ground(chosen.rows, settings, job.knowledge, refused),
+            chosen.rows if knowledge is None else grounding.ground(chosen.rows, settings, knowledge, refused),
             chosen.split,
             job.first_shards[block.fragment] + block.number,
             job.uri,
@@ -206,7 +187,7 @@ def write_block(row: pa.Table, job: Writing) -> pa.Table:
     except UnencodableError as error:
         first = [int(positions[chosen.sources[error.row]]), str(error)]
         return pa.table({"counts": [json.dumps({"refused": first})]})
-    entries = quarantine.set_aside(block, ready, settings, job.rules)
+    entries = quarantine.set_aside(block, ready, settings, rules)
     if refused:
         # New rows that were made of a row are refused with it, which is told once.
         whose = {int(chosen.sources[n]): reason for n, reason in refused.items()}
@@ -214,7 +195,7 @@ def write_block(row: pa.Table, job: Writing) -> pa.Table:
             Entry(int(positions[n]), UNENCODABLE, reason, beginning(texts[n].as_py()))
             for n, reason in whose.items()
         ]
-        entries += quarantine.without_personal_data(more, job.rules)
+        entries += quarantine.without_personal_data(more, rules)
         entries.sort(key=lambda entry: entry.position)
     quarantine.write(entries, reading, block, job.uri)
     why = {reason.name.lower(): at.reasons == reason for reason in Reason}
@@ -241,7 +222,7 @@ def write_block(row: pa.Table, job: Writing) -> pa.Table:
 
 def _chosen(row: pa.Table, block: blocks.Block, ready: Ready, at: Places, job: Writing) -> Chosen:
     """Of a block, packed as `row`: what stays, as often as the weights say, and what is made of it."""
-    reading, data, making = job.reading, job.settings.data, job.making
+    reading, data, making = job.plan.reading, job.plan.settings.data, job.making
     positions = block.rows[blocks.POSITION].to_numpy()[ready.usable]
     rows = ready.prepared.rows
     for name in data.slices:

@@ -71,7 +71,7 @@ def test_files_are_scored_once_by_the_champion(
     said = capsys.readouterr().out
     assert "model        shop@1 (torch fp32)" in said
     assert "1 bad\n" in said
-    assert "redacted     EMAIL 1\n" in said
+    assert "redacted     EMAIL 1, in 1 rows\n" in said
     assert f"{tmp_path / 'in' / 'a.jsonl'} row 8 has no text" in said
 
     out = tmp_path / "out"

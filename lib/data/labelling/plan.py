@@ -27,7 +27,7 @@ from lib.errors import ConfigError
 from lib.heads import Head
 from lib.labels import Mapping
 from lib.retrieval.embedding import base_checksum
-from lib.settings import DataSettings, LabelSettings, Settings
+from lib.settings import LabelSettings, Settings
 from lib.tasks import load_task
 from lib.text import normalise
 
@@ -154,7 +154,7 @@ def _named(settings: Settings, files: list[sources.SourceFile]) -> Planned:
     shaped = tuple(shapes.of_source(entry, columns, frozenset(), data) for entry in entries)
     shapes.check_used(data.templates, [column for shape in shaped for column in shape.columns.values()])
     for file, names in zip(files, present, strict=True):
-        of_file = {_key(name, data): column for name, column in shaped[file.source].columns.items()}
+        of_file = {shapes.key_of(name, data): column for name, column in shaped[file.source].columns.items()}
         for key, column in shapes.wanted(of_file, data.templates):
             sources.check_columns(file, {key: column}, names)
     annotations = tuple(studio.files_of(label.annotations)) if label.annotations else ()
@@ -199,15 +199,6 @@ def _source(head: Head) -> str:
     return f"heads.{head.name}.column" if head.name else "label"
 
 
-def _key(name: str, data: DataSettings) -> str:
-    """The key of the configuration that names a column of a block."""
-    if name == "worth":
-        return "near.column"
-    if name in data.slices:
-        return f"slices.{name}"
-    return name if "." in name else f"columns.{name}"
-
-
 def _check_columns(planned: Planned) -> None:
     """Raises ConfigError where two columns of the labelled source would have one name."""
     taken = {"text"}
@@ -220,7 +211,7 @@ def _check_columns(planned: Planned) -> None:
     for column, name in planned.carried.items():
         if column in taken:
             raise ConfigError(
-                f"data.{_key(name, planned.settings.data)}: {column!r} is the name of a column of labelled rows; "
+                f"data.{shapes.key_of(name, planned.settings.data)}: {column!r} is the name of a column of labelled rows; "
                 f"choose another"
             )
         taken.add(column)

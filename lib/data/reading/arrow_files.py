@@ -24,7 +24,7 @@ def parquet_columns(file: SourceFile, stream: IO[bytes]) -> list[str]:
         return list(parquet.schema_arrow.names)
 
 
-def read_parquet(
+def read(
     file: SourceFile,
     stream: IO[bytes],
     columns: Sequence[str],
@@ -32,10 +32,20 @@ def read_parquet(
     lists: Set[str],
     bad_rows: bool,
 ) -> Iterator[Rows]:
-    with _parquet(file, stream) as parquet:
-        wanted = list(dict.fromkeys(columns))
-        batches = parquet.iter_batches(batch_rows, columns=wanted, use_threads=False)
-        yield from _as_texts(file, batches, columns, lists, bad_rows)
+    if file.format == "parquet":
+        with _parquet(file, stream) as parquet:
+            wanted = list(dict.fromkeys(columns))
+            batches = parquet.iter_batches(batch_rows, columns=wanted, use_threads=False)
+            yield from _as_texts(file, batches, columns, lists, bad_rows)
+        return
+    with _readable(file):
+        _, whole = _arrow(stream)
+        slices = (
+            batch.slice(start, batch_rows)
+            for batch in whole
+            for start in range(0, batch.num_rows, batch_rows)
+        )
+        yield from _as_texts(file, slices, columns, lists, bad_rows)
 
 
 @contextmanager
@@ -49,24 +59,6 @@ def arrow_columns(file: SourceFile, stream: IO[bytes]) -> list[str]:
     with _readable(file):
         names, _ = _arrow(stream)
         return names
-
-
-def read_arrow(
-    file: SourceFile,
-    stream: IO[bytes],
-    columns: Sequence[str],
-    batch_rows: int,
-    lists: Set[str],
-    bad_rows: bool,
-) -> Iterator[Rows]:
-    with _readable(file):
-        _, batches = _arrow(stream)
-        slices = (
-            batch.slice(start, batch_rows)
-            for batch in batches
-            for start in range(0, batch.num_rows, batch_rows)
-        )
-        yield from _as_texts(file, slices, columns, lists, bad_rows)
 
 
 def _arrow(stream: IO[bytes]) -> tuple[list[str], Iterator[pa.RecordBatch]]:

@@ -63,10 +63,8 @@ def read_rows(
     """
     with opened(file) as stream:
         match file.format:
-            case "parquet":
-                yield from arrow_files.read_parquet(file, stream, columns, batch_rows, lists, bad_rows)
-            case "arrow":
-                yield from arrow_files.read_arrow(file, stream, columns, batch_rows, lists, bad_rows)
+            case "parquet" | "arrow":
+                yield from arrow_files.read(file, stream, columns, batch_rows, lists, bad_rows)
             case "csv" | "tsv":
                 yield from csv_files.read(file, stream, columns, bad_rows)
             case "json" | "jsonl":

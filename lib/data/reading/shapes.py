@@ -143,6 +143,16 @@ def _said(values: pa.ChunkedArray, words: dict[str, str]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(meant, pa.string()).take(encoded.indices)])
 
 
+def key_of(name: str, data: DataSettings) -> str:
+    """The key, below `data`, that names the column of a source which is called `name` in a block."""
+    if name == "worth":
+        return "near.column"
+    if name in data.slices:
+        return f"slices.{name}"
+    # A task may name a column by the whole of its key, such as `heads.topic.column`.
+    return name if "." in name else f"columns.{name}"
+
+
 def wanted(keys: dict[str, str], templates: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Key of the configuration and column of the file, for all that is read of it: in the place of a column that is made,
     those that it is made of."""

@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -172,6 +172,13 @@ def together(texts: list[str], rules: Rules) -> tuple[list[str], dict[str, int]]
     worth = np.ones(len(texts), bool) if rules.names else may_hold(pa.array(texts, pa.string()))
     said = [redaction.text(text) if look else text for text, look in zip(texts, worth, strict=True)]
     return said, redaction.counts
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """Kinds and how many values of each, for people; `rows`, where they are counted, come last."""
+    kinds = ", ".join(f"{kind} {n:,}" for kind, n in counts.items() if kind != "rows")
+    rows = f", in {counts['rows']:,} rows" if "rows" in counts else ""
+    return f"{kinds}{rows}" if kinds else "nothing"
 
 
 def may_hold(texts: pa.Array | pa.ChunkedArray) -> np.ndarray:
