@@ -12,6 +12,10 @@ process listens at the socket's path, hands each command on to HAProxy's own (th
 its own pid. Reloads work as without it: the next one takes the listening sockets over (`-x`) and ends this one's child by
 its signal (`-sf`). Of Python's own library alone, since it runs before anything else of Whorl does.
 
+Serve lets requests share idle connections to a replica. One that is killed leaves many of them, all dead: a request that
+it had in hand would spend its tries on those and fail, before HAProxy finds that nobody listens there. So no request gets
+a connection that was another client's (`http-reuse never`).
+
 HAProxy tries a request again (`retry-on`) only if all of it had come when its first part was sent on, and many clients
 send the body apart: so it waits for a body that its buffer holds. Whoever lets it wait for long gets the error that
 Whorl's applications have for it. It does not wait for a body that declares to be longer, which it could not send twice:
@@ -36,7 +40,11 @@ from pathlib import Path
 
 FORWARDED = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTTOU, signal.SIGTTIN)
 ENDING = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+# Blocked in all threads and taken one by one. A handler of Python's runs in the main thread alone, and a signal that the
+# kernel gives to another one leaves it asleep: that HAProxy, told to end, would go on with an old configuration.
+TAKEN = (*FORWARDED, signal.SIGCHLD)
 ADMIN = re.compile(r"^(\s*stats socket )(\S+)( mode 666)?", re.MULTILINE)
+SHARING = re.compile(r"^(\s*)http-reuse always$", re.MULTILINE)
 RETRYING = re.compile(r"^(\s*)option redispatch .*$", re.MULTILINE)
 ENTRY = re.compile(r"^frontend http_frontend\n(\s*)bind .*$", re.MULTILINE)
 BUFFER = re.compile(r"^\s*tune\.bufsize (\d+)$", re.MULTILINE)
@@ -100,8 +108,10 @@ def own_socket(path: str) -> str:
     return f"{path}.own"  # short: a socket's path may have 107 characters
 
 
-def dies_with_parent() -> None:
+def prepare_child() -> None:
+    """It dies with its parent, and takes its own signals."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TAKEN)
 
 
 class Supervisor:
@@ -117,8 +127,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until it was told to end, or another took its place; the exit status."""
-        for number in FORWARDED:
-            signal.signal(number, self._forward)
+        signal.pthread_sigmask(signal.SIG_BLOCK, TAKEN)
         taken_over = [own_socket(word) if word == self._path else word for word in self._reload]
         child = self._start(taken_over)
         deaths: list[float] = []
@@ -126,7 +135,8 @@ class Supervisor:
             return child.wait()
         admin = Admin(self._path)
         while True:
-            status = child.wait()
+            while (status := child.poll()) is None:
+                self._take(None)
             if status >= 0 or self._ending or admin.is_replaced():
                 return status if status >= 0 else 128 - status
             deaths = [at for at in deaths if at > time.monotonic() - WITHIN_S] + [time.monotonic()]
@@ -140,6 +150,7 @@ class Supervisor:
         mine = self._config.with_name(f"{self._config.name}.supervised")
         # Serve lets every user of the machine command its HAProxy: not here.
         text = ADMIN.sub(lambda at: f"{at[1]}{own_socket(at[2])} mode 600", self._config.read_text())
+        text = SHARING.sub(r"\1http-reuse never", text)
         buffer = BUFFER.search(text)
         wait = f"http-request wait-for-body time {BODY_TIMEOUT_S}s"
         fits = f"unless {{ req.hdr_val(content-length) gt {buffer[1] if buffer else 16384} }}"
@@ -149,7 +160,7 @@ class Supervisor:
             file.write(text)
         os.replace(file.name, mine)
         words = [str(mine) if word == str(self._config) else word for word in self._words]
-        self._child = subprocess.Popen([self._binary, *words, *more], preexec_fn=dies_with_parent)
+        self._child = subprocess.Popen([self._binary, *words, *more], preexec_fn=prepare_child)
         return self._child
 
     def _defaults(self) -> list[str]:
@@ -169,12 +180,19 @@ class Supervisor:
             with suppress(OSError):
                 if b"\nPid: %d\n" % child.pid in ask(own_socket(self._path), b"show info\n"):
                     return True
-            time.sleep(0.02)
+            self._take(0.02)
         return False
 
-    def _forward(self, number: int, frame: object) -> None:
-        self._ending |= number in ENDING
-        if self._child is not None:
+    def _take(self, seconds: float | None) -> None:
+        """Waits for a signal (None: until there is one), which HAProxy gets unless it is the one of its own end."""
+        if seconds is None:
+            number = signal.sigwait(TAKEN)
+        elif (taken := signal.sigtimedwait(TAKEN, seconds)) is None:
+            return
+        else:
+            number = signal.Signals(taken.si_signo)
+        if number != signal.SIGCHLD and self._child is not None:
+            self._ending |= number in ENDING
             self._child.send_signal(number)
 
 

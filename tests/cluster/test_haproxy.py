@@ -6,10 +6,12 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -33,6 +35,45 @@ frontend http_frontend
     bind 127.0.0.1:{port}
     http-request return status 200 content-type text/plain string {says}
 """
+# As Ray Serve writes it for a deployment of one replica, with what cluster/ingress.py tells it.
+REPLICA = """    nbthread 4
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 30s
+    timeout server 30s
+    option redispatch 1
+    retry-on conn-failure empty-response
+    retries 3
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend app
+backend app
+    http-reuse always
+    balance leastconn
+    server replica 127.0.0.1:{replica} check inter 5s observe layer4 error-limit 1 on-error mark-down
+    server fallback 127.0.0.1:{fallback} check backup
+"""
+SERVER = """
+import sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        time.sleep(60 if self.path == "/slow" and sys.argv[2] == "replica" else 0.1)
+        self.send_response(200)
+        self.send_header("content-length", str(len(sys.argv[2])))
+        self.end_headers()
+        self.wfile.write(sys.argv[2].encode())
+
+    def log_message(self, *words):
+        pass
+
+ThreadingHTTPServer.request_queue_size = 128
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
 
 
 def wait(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -51,7 +92,10 @@ class Ingress:
         self.processes: list[psutil.Popen] = []
 
     def start(self, *more: str, says: str = "one") -> psutil.Popen:
-        self.config.write_text(CONFIG.format(socket=self.socket, port=self.port, says=says))
+        return self.run(CONFIG.format(socket=self.socket, port=self.port, says=says), *more)
+
+    def run(self, config: str, *more: str) -> psutil.Popen:
+        self.config.write_text(config)
         words = [str(SCRIPT), "-db", "-f", str(self.config), "-dR", *more]
         given = {**os.environ, **environment()}
         process = psutil.Popen(words, env=given, stderr=(self.folder / "stderr").open("ab"))
@@ -72,9 +116,9 @@ class Ingress:
     def said(self) -> str:
         return (self.folder / "stderr").read_text()
 
-    def answer(self) -> str:
+    def answer(self, path: str = "/") -> str:
         try:
-            return httpx.get(f"http://127.0.0.1:{self.port}/").text
+            return httpx.get(f"http://127.0.0.1:{self.port}{path}", timeout=30).text
         except httpx.TransportError:
             return ""
 
@@ -126,13 +170,34 @@ def test_a_reload_takes_over_without_a_request_lost(ingress: Ingress) -> None:
     wait(lambda: ingress.pid() == second.pid)
     third = ingress.reload("three")
     wait(lambda: ingress.pid() == third.pid)
-    wait(lambda: answers[-1] == "three")
+    wait(lambda: answers[-1:] == ["three"])
     ends.set()
     asking.join()
     assert set(answers) <= {"one", "two", "three"}
     assert (first.wait(60), second.wait(60)) == (0, 0)
     child(third).kill()
     wait(lambda: ingress.answer() == "three")
+
+
+def test_a_killed_replicas_idle_connections_take_no_try_of_what_it_had_in_hand(ingress: Ingress) -> None:
+    ports = {"replica": free_port(), "fallback": free_port()}
+    servers = {
+        name: subprocess.Popen([sys.executable, "-c", SERVER, str(port), name]) for name, port in ports.items()
+    }
+    try:
+        head = CONFIG.partition("defaults")[0].format(socket=ingress.socket)
+        ingress.run(head + REPLICA.format(port=ingress.port, **ports))
+        wait(lambda: ingress.answer() == "replica")
+        with ThreadPoolExecutor(36) as pool:
+            in_hand = [pool.submit(ingress.answer, "/slow") for _ in range(12)]
+            time.sleep(0.5)
+            assert set(pool.map(ingress.answer, ["/"] * 24)) == {"replica"}  # and leave idle connections
+            servers["replica"].kill()
+            assert [one.result() for one in in_hand] == ["fallback"] * 12
+    finally:
+        for server in servers.values():
+            server.kill()
+            server.wait()
 
 
 def test_it_ends_when_it_is_told_to_and_with_who_started_it(ingress: Ingress) -> None:
