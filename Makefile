@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Of the demo; each goes through the whole line, in this order.
 CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/movies.yaml
+# Two processes share the tests: those with Ray mostly wait for something to start.
+PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
 # PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)
@@ -44,13 +46,13 @@ ui: setup  ## the MLflow page: runs, curves, model versions
 	$(BIN)/python -m cluster.local ui
 
 test: setup check  ## linters, types, floors, then every test but the long ones
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PROCESSES)
 
 test-long: setup  ## the tests that `make test` leaves out: whole drivers, nodes and searches killed and gone on with
 	$(BIN)/python -m pytest -m long
 
 test-fast: setup  ## the tests that need no Ray and take no longer than seconds
-	$(BIN)/python -m pytest -m "not slow and not ray"
+	$(BIN)/python -m pytest $(PROCESSES) -m "not slow and not ray"
 
 check: setup  ## ruff, mypy, import floors
 	$(BIN)/ruff check .

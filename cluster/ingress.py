@@ -61,7 +61,8 @@ def free_port() -> int:
     so none that the system gives to outgoing connections (32768 and up on Linux), none that Ray gives to
     its workers (10002 to 19999) or Serve to its replicas (30000 and up).
     """
-    for port in random.sample(range(20000, 30000), 100):
+    # Not by a seed that somebody set: two processes would look at the same ones.
+    for port in random.SystemRandom().sample(range(20000, 30000), 100):
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

@@ -15,6 +15,8 @@ from lib.command import ALONE
 from tests.servers import Postgres
 from tests.tiny import CHATML, WORDS, make_tiny_base
 
+TESTS = Path(__file__).parent
+
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS"):
@@ -32,15 +34,32 @@ os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ |= ingress.ports()
+# Two processes run the tests side by side (`make test`), each with a Ray of its own, and clusters that tests bring up stand
+# beside them: replicas of each have ports of their own, since two may listen on one.
+NUMBER = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+for kind, base in (("HTTP", 30000), ("GRPC", 40000)):
+    os.environ[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(base + 1000 * NUMBER + 1)
+    os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(base + 1000 * NUMBER + 1000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; then those that bring up a cluster of their own, before the shared Ray takes the
-    ports that there is only one of; then those on the shared Ray, the slow ones last."""
+    ports that there is only one of; then those on the shared Ray, the slow ones last.
+
+    Of the two processes that run them, one takes whole files, and all tests of the cluster: what a file sets up is set up
+    once, and one cluster is up at a time."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))
+
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-    items.sort(key=lambda item: (bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))))
+        needs_ray, slow = place(item)
+        file = item.path.relative_to(TESTS)
+        together = slow and not needs_ray and file.parts[0] in ("cluster", "rehearsal")
+        item.add_marker(pytest.mark.xdist_group("clusters" if together else f"{file} {needs_ray} {slow}"))
+    items.sort(key=place)
 
 
 @pytest.fixture
@@ -100,6 +119,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="whorl-test-", dir="/tmp")
     ray.shutdown()  # a job that a test ran in this process may have started a Ray of its own
     ray.init(
+        "local",  # not one that a test has up at that moment
         num_cpus=8,
         include_dashboard=False,
         logging_level="warning",

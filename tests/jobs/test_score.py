@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,14 @@ def settings(database: Path, tiny_base: Path) -> Settings:
     return made
 
 
-def engines() -> set[int]:
-    """vLLM's processes on this machine."""
-    return {process.pid for process in psutil.process_iter() if process.name().startswith("VLLM::")}
+def engines(session: int) -> list[psutil.Process]:
+    """vLLM's processes of a session; they end with who started them, or stay."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if process.name().startswith("VLLM::") and os.getsid(process.pid) == session:
+                found.append(process)
+    return found
 
 
 def texts(number: int) -> list[str]:
@@ -154,7 +161,6 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     ]
     words += ["--score.max_tokens", "8", "--score.rows_per_shard", "2", "--score.bad_rows", "0.5"]
     found: dict[str, list[dict[str, Any]]] = {}
-    before = engines()
     # Where a cluster of `ray start` was killed, its address is left behind: nobody is to join it.
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # Ray's socket paths may have 107 characters
         (Path(folder) / "ray").mkdir()
@@ -165,8 +171,12 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
             chosen = ["--score.engine", engine, "--score.output", str(out), "--serving.precision", "fp32"]
             # A process of its own, as for a user: Ray Data's LLM support takes hold of a driver's output.
             command = [sys.executable, "-m", "jobs.score", *words, *chosen]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stdout + done.stderr
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            ) as driver:
+                said, _ = driver.communicate(timeout=300)
+            assert driver.returncode == 0, said
+            assert not engines(driver.pid)
             manifest = json.loads((out / "_manifest.json").read_text())
             assert engine.replace("transformers", "torch") in manifest["engine"]
             assert (manifest["rows"], manifest["bad"]["rows"], len(manifest["shards"])) == (5, 2, 3)
@@ -180,4 +190,3 @@ def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     assert found["vllm"][0]["messages"] == dialogues[0], "as the source has it"
     assert [row["citations"] for row in found["vllm"]] == [["Phones.md"], ["Cars.md"], [], [], []]
     assert (found["vllm"][3]["answer"], found["vllm"][3]["prompt_tokens"]) == ("I do not know.", 0)
-    assert engines() <= before
