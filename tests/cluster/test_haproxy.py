@@ -182,7 +182,8 @@ def test_a_reload_takes_over_without_a_request_lost(ingress: Ingress) -> None:
 def test_a_killed_replicas_idle_connections_take_no_try_of_what_it_had_in_hand(ingress: Ingress) -> None:
     ports = {"replica": free_port(), "fallback": free_port()}
     servers = {
-        name: subprocess.Popen([sys.executable, "-c", SERVER, str(port), name]) for name, port in ports.items()
+        name: subprocess.Popen([sys.executable, "-c", SERVER, str(port), name])
+        for name, port in ports.items()
     }
     try:
         head = CONFIG.partition("defaults")[0].format(socket=ingress.socket)
