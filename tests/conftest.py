@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         needs_ray, slow = place(item)
         file = item.path.relative_to(TESTS)
         together = slow and not needs_ray and file.parts[0] in ("cluster", "rehearsal")
-        item.add_marker(pytest.mark.xdist_group("clusters" if together else f"{file} {needs_ray} {slow}"))
+        item.add_marker(pytest.mark.xdist_group("clusters" if together else f"{file} {needs_ray}"))
     items.sort(key=place)
 
 

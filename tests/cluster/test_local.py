@@ -199,17 +199,17 @@ def test_serve_deploy_takes_the_shipped_file(copy: Copy) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     deadline = time.monotonic() + 120
     key = copy.key()
-    while (answer := ask(port, key)) is None and time.monotonic() < deadline:
+    while isinstance(answer := ask(port, key), OSError) and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert answer == ["good", "bad"], copy.tool("serve", "status").stdout
+    assert answer == ["good", "bad"], f"{answer!r}\n{copy.tool('serve', 'status').stdout}"
     # The file's chat model has no champion here: it says so, and stops nobody else.
     while "no champion of 'shop' yet" not in (status := copy.tool("serve", "status").stdout):
         assert time.monotonic() < deadline, status
         time.sleep(1)
 
 
-def ask(port: int, key: str) -> list[str] | None:
-    """The labels of a good and a bad review; None while the endpoint does not answer."""
+def ask(port: int, key: str) -> list[str] | OSError:
+    """The labels of a good and a bad review; why not, while the endpoint does not answer."""
     texts = ["the dress goodabcabc fits fine", "the dress awfulabcabc fits fine"]
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/sentiment",
@@ -219,8 +219,8 @@ def ask(port: int, key: str) -> list[str] | None:
     try:
         with urllib.request.urlopen(request, timeout=30) as reply:
             return [result["label"] for result in json.load(reply)["results"]]
-    except OSError:
-        return None
+    except OSError as error:
+        return error
 
 
 def test_pipeline_stops_at_the_first_stage_that_fails(copy: Copy) -> None:

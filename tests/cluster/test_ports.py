@@ -21,6 +21,6 @@ def test_a_port_that_is_taken_on_any_address_is_not_free(monkeypatch: pytest.Mon
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        monkeypatch.setattr(ingress.random, "sample", lambda *_: [taken.getsockname()[1]])
+        monkeypatch.setattr(ingress.random.SystemRandom, "sample", lambda *_: [taken.getsockname()[1]])
         with pytest.raises(ResourceError, match="of 100 ports between 20000 and 30000 none is free"):
             ingress.free_port()

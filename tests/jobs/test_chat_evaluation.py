@@ -70,6 +70,7 @@ def alone(folder: Path, tokenizer: Path, rows: list[dict], most: int) -> tuple[f
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_before_and_after(settings: Settings, ray_cluster: None, server: Server, capsys) -> None:
     judge = {"url": server.url, "model": "umpire", "pairs": 6}
     asked = override(

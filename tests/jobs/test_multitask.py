@@ -65,6 +65,7 @@ def settings(database: Path, tiny_base: Path, tmp_path: Path) -> Settings:
     )
 
 
+@pytest.mark.long
 def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(settings)
     planned = plan(settings)

@@ -134,6 +134,7 @@ def test_a_model_that_is_not_there_or_of_another_task_is_one_line(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.long
 def test_dialogues_are_answered_grounded_by_vllm_as_by_transformers(
     database: Path, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,14 @@ SHAPE = llama("small", 2, 384, 6, 6, 1536, 1024)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "bf16")])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [
+        pytest.param(0, "fp32", marks=pytest.mark.long),
+        pytest.param(2, "bf16", marks=pytest.mark.long),
+        (3, "bf16"),
+    ],
+)
 def test_states_messages_and_checkpoints_are_as_planned(stage: int, precision: str, tmp_path: Path) -> None:
     layout = Layout(stage, 2, 2, precision=precision, tokens=32, sequence=32, gpu=False)
     measured = measure(SHAPE, layout, str(tmp_path))

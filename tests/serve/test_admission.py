@@ -169,7 +169,7 @@ def test_a_killed_haproxy_is_there_again_without_serve(url: str) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 1])
-@pytest.mark.parametrize("ingress", ["HAProxy", "Serve's proxy"])
+@pytest.mark.parametrize("ingress", ["HAProxy", pytest.param("Serve's proxy", marks=pytest.mark.long)])
 def test_what_a_killed_replica_had_in_hand_another_one_answers(url: str, ingress: str, count: int) -> None:
     """The one that takes its place, where it was alone."""
     from ray import serve as ray_serve

@@ -516,6 +516,7 @@ def test_without_a_key_nobody_is_answered(deployed: Deployed) -> None:
         replace(deployed, key=key("other")).ask()
 
 
+@pytest.mark.long
 def test_another_champion_is_taken_up_and_its_answers_are_grounded(
     deployed: Deployed, tiny_base: Path
 ) -> None:
@@ -555,6 +556,7 @@ def test_another_champion_is_taken_up_and_its_answers_are_grounded(
     assert not alive
 
 
+@pytest.mark.long
 def test_a_version_whose_engine_does_not_start_gives_way_to_the_one_before(
     deployed: Deployed, tmp_path: Path
 ) -> None:
@@ -575,6 +577,7 @@ def test_a_version_whose_engine_does_not_start_gives_way_to_the_one_before(
     assert unknown.choices[0].message.content == "I do not know.", "its settings are those of before, too"
 
 
+@pytest.mark.long
 def test_adapters_share_an_engine_and_are_followed_without_a_restart(
     deployed: Deployed, tmp_path: Path
 ) -> None:

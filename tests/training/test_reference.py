@@ -27,6 +27,7 @@ def rows_of(dataset, split: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(s.removeprefix("file://")) for s in dataset.shards(split)])
 
 
+@pytest.mark.long
 def test_preference_tuning_from_pairs_to_a_measured_chat_model(database: Path, tiny_chat_base: Path, capsys):
     training = {
         "workers": 2,

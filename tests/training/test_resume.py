@@ -188,6 +188,7 @@ def test_a_killed_worker_changes_nothing(unkilled: Whole, database: Path, tiny_b
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_too_many_kills_end_in_one_line_and_fewer_workers_go_on(
     ray_cluster: None, database: Path, tiny_base: Path
 ) -> None:

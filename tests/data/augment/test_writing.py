@@ -138,6 +138,7 @@ def test_written_texts_become_rows_of_those_that_they_were_asked_of() -> None:
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster", "storage")
+@pytest.mark.long
 def test_a_model_writes_rows_on_ray(tiny_base: Path, tmp_path: Path) -> None:
     texts = [
         "The dress is soft and fits me very well.",
