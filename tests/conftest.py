@@ -37,6 +37,8 @@ os.environ |= ingress.ports()
 # Two processes run the tests side by side (`make test`), each with a Ray of its own, and clusters that tests bring up stand
 # beside them: replicas of each have ports of their own, since two may listen on one.
 NUMBER = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core is all that either has
 for kind, base in (("HTTP", 30000), ("GRPC", 40000)):
     os.environ[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(base + 1000 * NUMBER + 1)
     os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(base + 1000 * NUMBER + 1000)
