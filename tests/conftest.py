@@ -44,6 +44,7 @@ for kind, base in (("HTTP", 30000), ("GRPC", 40000)):
     os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(base + 1000 * NUMBER + 1000)
 
 
+@pytest.hookimpl(tryfirst=True)  # what shares the tests out looks at their groups then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; then those that bring up a cluster of their own, before the shared Ray takes the
     ports that there is only one of; then those on the shared Ray, the slow ones last.
