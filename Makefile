@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Of the demo; each goes through the whole line, in this order.
 CONFIG ?= jobs/configs/reviews.yaml jobs/configs/shop_chat.yaml jobs/configs/movies.yaml
 # Two processes share the tests: those with Ray mostly wait for something to start.
-PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
+PROCESSES := -n 2
 # PyTorch's own index, for those who reach it: make setup TORCH_INDEX=URL. Without it pip's own sources decide.
 TORCH_INDEX ?=
 TORCH := $(shell grep -m1 '^torch==' requirements.lock)

@@ -7,8 +7,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from cluster import ingress
 from lib.command import ALONE
@@ -44,25 +46,27 @@ for kind, base in (("HTTP", 30000), ("GRPC", 40000)):
     os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(base + 1000 * NUMBER + 1000)
 
 
-@pytest.hookimpl(tryfirst=True)  # what shares the tests out looks at their groups then
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first; then those that bring up a cluster of their own, before the shared Ray takes the
-    ports that there is only one of; then those on the shared Ray, the slow ones last.
-
-    Of the two processes that run them, one takes whole files, and all tests of the cluster: what a file sets up is set up
-    once, and one cluster is up at a time."""
-
-    def place(item: pytest.Item) -> tuple[bool, bool]:
-        return bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))
-
+    ports that there is only one of; then those on the shared Ray, the slow ones last."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker("ray")
-        needs_ray, slow = place(item)
-        file = item.path.relative_to(TESTS)
-        together = slow and not needs_ray and file.parts[0] in ("cluster", "rehearsal")
-        item.add_marker(pytest.mark.xdist_group("clusters" if together else f"{file} {needs_ray}"))
-    items.sort(key=place)
+    items.sort(key=lambda item: (bool(item.get_closest_marker("ray")), bool(item.get_closest_marker("slow"))))
+
+
+class Files(LoadScopeScheduling):
+    """Which process gets which tests: whole files, since what a file sets up is set up once, and all that bring up a
+    cluster in one process, since one is up at a time; in the order of their first tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "clusters" if file.startswith(("tests/cluster/", "tests/rehearsal/")) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Files:
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture
