@@ -92,6 +92,7 @@ def settings(database: Path, tiny_base: Path, tmp_path: Path) -> Settings:
     )
 
 
+@pytest.mark.long
 def test_the_whole_line(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     preprocess(settings)
     manifest = plan(settings).ref.manifest()

@@ -220,6 +220,7 @@ def test_too_many_kills_end_in_one_line_and_fewer_workers_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_only_lacks_its_export_is_not_trained_again(
     ray_cluster: None, database: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
