@@ -17,8 +17,6 @@ from lib.command import ALONE
 from tests.servers import Postgres
 from tests.tiny import CHATML, WORDS, make_tiny_base
 
-TESTS = Path(__file__).parent
-
 # Before anything imports them: no test may reach for the network, and none may see a user's own places.
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("WHORL_STORAGE", "WHORL_DATABASE", "WHORL_PIPELINE", "RAY_ADDRESS"):
