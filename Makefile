@@ -48,7 +48,7 @@ ui: setup  ## the MLflow page: runs, curves, model versions
 test: setup check  ## linters, types, floors, then every test but the long ones
 	$(BIN)/python -m pytest $(PROCESSES)
 
-test-long: setup  ## the tests that `make test` leaves out: whole drivers, nodes and searches killed and gone on with
+test-long: setup  ## the tests that `make test` leaves out: they take minutes each
 	$(BIN)/python -m pytest -m long
 
 test-fast: setup  ## the tests that need no Ray and take no longer than seconds

@@ -123,7 +123,6 @@ class Supervisor:
         # What a reload says of its forerunner: not said when HAProxy is started again.
         first = min((words.index(word) for word in ("-sf", "-st", "-x") if word in words), default=len(words))
         self._words, self._reload = words[:first], words[first:]
-        self._child: subprocess.Popen[bytes] | None = None
 
     def run(self) -> int:
         """Until it was told to end, or another took its place; the exit status."""
@@ -136,7 +135,7 @@ class Supervisor:
         admin = Admin(self._path)
         while True:
             while (status := child.poll()) is None:
-                self._take(None)
+                self._take(child, 60)
             if status >= 0 or self._ending or admin.is_replaced():
                 return status if status >= 0 else 128 - status
             deaths = [at for at in deaths if at > time.monotonic() - WITHIN_S] + [time.monotonic()]
@@ -160,8 +159,7 @@ class Supervisor:
             file.write(text)
         os.replace(file.name, mine)
         words = [str(mine) if word == str(self._config) else word for word in self._words]
-        self._child = subprocess.Popen([self._binary, *words, *more], preexec_fn=prepare_child)
-        return self._child
+        return subprocess.Popen([self._binary, *words, *more], preexec_fn=prepare_child)
 
     def _defaults(self) -> list[str]:
         """Lines for the configuration's `defaults`; writes the file that they name."""
@@ -180,20 +178,15 @@ class Supervisor:
             with suppress(OSError):
                 if b"\nPid: %d\n" % child.pid in ask(own_socket(self._path), b"show info\n"):
                     return True
-            self._take(0.02)
+            self._take(child, 0.02)
         return False
 
-    def _take(self, seconds: float | None) -> None:
-        """Waits for a signal (None: until there is one), which HAProxy gets unless it is the one of its own end."""
-        if seconds is None:
-            number = signal.sigwait(TAKEN)
-        elif (taken := signal.sigtimedwait(TAKEN, seconds)) is None:
-            return
-        else:
-            number = signal.Signals(taken.si_signo)
-        if number != signal.SIGCHLD and self._child is not None:
-            self._ending |= number in ENDING
-            self._child.send_signal(number)
+    def _take(self, child: subprocess.Popen[bytes], seconds: float) -> None:
+        """Waits for a signal, which HAProxy gets unless it tells of its own end."""
+        taken = signal.sigtimedwait(TAKEN, seconds)
+        if taken is not None and taken.si_signo != signal.SIGCHLD:
+            self._ending |= taken.si_signo in ENDING
+            child.send_signal(taken.si_signo)
 
 
 def main(words: list[str]) -> int:

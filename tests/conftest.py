@@ -34,14 +34,14 @@ os.environ["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] = "10"
 # How long a replica that ends waits for load balancers to notice.
 os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "1"
 os.environ |= ingress.ports()
-# Two processes run the tests side by side (`make test`), each with a Ray of its own, and clusters that tests bring up stand
-# beside them: replicas of each have ports of their own, since two may listen on one.
-NUMBER = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-if "PYTEST_XDIST_WORKER" in os.environ:
+# Two processes run the tests side by side (`make test`), each with a Ray of its own, beside clusters that tests bring up:
+# replicas of each have ports of their own, since two may listen on one. A cluster's are 30000 to 31000, by default.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+LOWEST = 31001 + 800 * int(WORKER.removeprefix("gw") or 0)
+os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(LOWEST)
+os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(LOWEST + 799)
+if WORKER:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a core is all that either has
-for kind, base in (("HTTP", 30000), ("GRPC", 40000)):
-    os.environ[f"RAY_SERVE_DIRECT_INGRESS_MIN_{kind}_PORT"] = str(base + 1000 * NUMBER + 1)
-    os.environ[f"RAY_SERVE_DIRECT_INGRESS_MAX_{kind}_PORT"] = str(base + 1000 * NUMBER + 1000)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

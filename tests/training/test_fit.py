@@ -77,9 +77,8 @@ def make_dataset(settings: Settings, rows: int = 240, fingerprint: str = "012345
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", [pytest.param(1, marks=pytest.mark.long), 3]
-)  # the others: test_trainable.py, test_resume.py
+# The others: test_trainable.py, test_resume.py.
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.long), 3])
 def test_a_zero_stage_learns_and_exports_what_plain_transformers_reads(
     stage: int, ray_cluster: None, database: Path, tiny_base: Path
 ) -> None:
