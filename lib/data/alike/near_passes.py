@@ -7,7 +7,8 @@
     these rows                        shuffled by cluster      → what is dropped, or into which split it goes
 
 Every shuffle is in partitions whose number goes by what is shuffled, PARTITION_BYTES each; a sketch is of 4 KiB at
-most. No process holds more than a partition or a block. Where nothing agrees in a band, only the first is done.
+most. No process holds more than a block, or the few partitions that Ray gives it at a time. Where nothing agrees in a
+band, only the first is done.
 """
 
 from __future__ import annotations
