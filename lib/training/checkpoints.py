@@ -35,7 +35,6 @@ from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAM
 from lib import storage
 from lib.artifacts import RunRef
 from lib.errors import StorageError, unwrap
-from lib.training import disk
 
 ENGINE = "engine"
 STATE = "loop.json"
@@ -273,6 +272,8 @@ def save(engine: Any, state: State, own: Own, rank: int, metrics: dict[str, floa
 
 def write_engine(engine: Any, folder: Path, step: int) -> None:
     """This worker's part of the weights and the optimiser; collective. What is frozen is in the base model."""
+    from lib.training import disk  # torch, which processes that only read positions and windows go without
+
     with disk.whole(engine):
         engine.save_checkpoint(
             str(folder),
