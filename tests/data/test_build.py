@@ -386,7 +386,9 @@ def test_cleaning_mends_and_leaves_out_and_says_so(tiny_base: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_dialogues_are_cleaned_and_compared_by_what_opens_them(tmp_path: Path) -> None:
+def test_dialogues_are_cleaned_and_compared_by_what_opens_them(
+    tiny_chat_base: Path, tmp_path: Path
+) -> None:
     def dialogue(question: str, answer: str) -> dict[str, Any]:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"messages": turns}
@@ -404,7 +406,7 @@ def test_dialogues_are_cleaned_and_compared_by_what_opens_them(tmp_path: Path) -
         "split": {"train": 0.4, "validation": 0.3, "test": 0.3},
         "clean": {"html": True},
     }
-    model = {"base": "sample://smollm2-135m-instruct", "max_length": 128}
+    model = {"base": str(tiny_chat_base), "max_length": 128}
     planned = plan(Settings.model_validate({"name": "talk", "task": "chat", "data": values, "model": model}))
     manifest = build(planned)
     assert manifest["dropped"]["emptied"] == 1

@@ -177,7 +177,7 @@ def test_exit_code_and_one_line_of_the_real_command(
 def test_a_killed_run_leaves_nothing_that_a_reader_can_see(
     config: Path, tmp_path: Path, storage: Path
 ) -> None:
-    rows = [f"fits {i} {'good ' * 40}{i * 7919},{1 + i % 2}" for i in range(60_000)]
+    rows = [f"fits {i} {'good ' * 40}{i * 7919},{1 + i % 2}" for i in range(20_000)]
     (tmp_path / "source.csv").write_text("text,label\n" + "\n".join(rows))
     words, environment = command(config, "--data.rows_per_shard", "500")
     process = subprocess.Popen(words, env=environment, cwd=PROJECT, stdout=subprocess.DEVNULL)
