@@ -386,9 +386,7 @@ def test_cleaning_mends_and_leaves_out_and_says_so(tiny_base: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_dialogues_are_cleaned_and_compared_by_what_opens_them(
-    tiny_chat_base: Path, tmp_path: Path
-) -> None:
+def test_dialogues_are_cleaned_and_compared_by_what_opens_them(tiny_chat_base: Path, tmp_path: Path) -> None:
     def dialogue(question: str, answer: str) -> dict[str, Any]:
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return {"messages": turns}
