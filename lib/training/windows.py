@@ -222,7 +222,8 @@ def deal(source: Windows, world: int, cpus_per_read: int = 1) -> list[ray.data.D
     dataset = ray.data.read_datasource(
         source,
         num_cpus=cpus_per_read,
-        # A worker trains on a window for longer than another takes to read; each read has a process, which takes seconds to start.
+        # A worker trains on a window for longer than the next takes to read, and each read at a time is a process,
+        # which takes seconds to start.
         concurrency=world,
         override_num_blocks=max(len(source), 1),
     )
