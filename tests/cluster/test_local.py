@@ -163,7 +163,6 @@ def test_submitted_job_works_and_a_failed_one_shows_its_exit_code_and_its_line(c
     assert "error: mine.yaml: unknown key 'data.limt'; did you mean 'limit'?" in said
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("job", "said"), [("jobs.finetune", "best validation:"), ("jobs.evaluate", "macro-F1")]
 )

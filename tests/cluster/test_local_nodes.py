@@ -22,7 +22,7 @@ from cluster import machines
 from cluster.ingress import free_port
 from tests.cluster.test_local import SCRIPTS, TREE, Copy
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 ADDRESSES = """
 import ray
@@ -113,6 +113,7 @@ def test_a_job_comes_back_with_its_own_exit_code_and_words(copy: Copy) -> None:
     assert done.returncode not in (0, 1)
 
 
+@pytest.mark.long
 def test_ctrl_c_stops_the_job_and_the_next_goes_on_with_its_run(copy: Copy) -> None:
     assert submit(copy, "jobs.preprocess", "--config", "mine.yaml").returncode == 0
     words = ["jobs.finetune", "--config", "mine.yaml", "--training.resume", "auto"]
@@ -181,6 +182,7 @@ def test_down_leaves_neither_process_nor_network(copy: Copy) -> None:
         assert "br-w" not in shown
 
 
+@pytest.mark.long
 def test_without_root_the_nodes_share_an_address(copy: Copy) -> None:
     less = ["setpriv", "--bounding-set=-sys_admin,-net_admin"]
     done = copy.run(*less, sys.executable, "-m", *copy.up, "--nodes", "2")
