@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 from hypothesis import given
 from hypothesis import strategies as st
 from ray.data.datasource import ReadTask
@@ -90,6 +95,12 @@ def test_rows_are_read_across_row_groups_and_files(tmp_path: Path) -> None:
             assert table["length"].to_pylist() == table[ROW].to_pylist() == list(rows)
 
 
+def test_what_reads_needs_no_torch() -> None:
+    code = "import sys, lib.training.windows; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False", "each process that reads would import it"
+
+
 class Late(Windows):
     """Windows whose reads end in another order than they began: the first take the longest."""
 
@@ -102,9 +113,14 @@ class Late(Windows):
         ]
 
 
-def late(read: object, wait: float) -> list[pa.Table]:
+def late(read: Callable[[], list[pa.Table]], wait: float) -> list[pa.Table]:
+    begun = time.monotonic()  # the same clock in all processes
     time.sleep(wait)
-    return read()
+    (table,) = read()
+    spans = {"begun": begun, "ended": time.monotonic()}
+    for name, moment in spans.items():
+        table = table.append_column(name, pa.array([moment] * table.num_rows))
+    return [table]
 
 
 @pytest.mark.slow
@@ -119,8 +135,15 @@ def test_the_streaming_split_deals_as_planned_whatever_read_is_late(
         with ThreadPoolExecutor(world) as pool:
             dealt = list(pool.map(blocks, deal(source, world)))
         for rank in range(world):
-            assert dealt[rank] == [list(r.window(rank)) for r in coming]
+            assert [block["length"] for block in dealt[rank]] == [list(r.window(rank)) for r in coming]
+        spans = [(block["begun"][0], block["ended"][0]) for part in dealt for block in part]
+        assert max(at_once(spans)) <= world, "each read at a time costs a process"
 
 
-def blocks(shard: object) -> list[list[int]]:
-    return [b["length"].to_pylist() for b in shard.iter_batches(batch_size=None, batch_format="pyarrow")]
+def blocks(shard: ray.data.DataIterator) -> list[dict[str, list[Any]]]:
+    return [b.to_pydict() for b in shard.iter_batches(batch_size=None, batch_format="pyarrow")]
+
+
+def at_once(spans: list[tuple[float, float]]) -> list[int]:
+    """How many of the spans last when each begins."""
+    return [sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans]
