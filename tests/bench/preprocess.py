@@ -3,7 +3,7 @@
     make bench-preprocess        (python -m tests.bench.preprocess [--rows 230000 1000000] [--whole 100000 1000000 3000000])
 
 Both read the same Parquet file, cut at the same length and write Parquet. Ours is the whole pipeline: read
-twice, normalise, drop empty and duplicate rows, map labels, split, tokenise. The rival only tokenises, with
+twice, take personal data out, normalise, drop empty and duplicate rows, map labels, split, tokenise. The rival only tokenises, with
 `map(batched=True, num_proc=2)`, and is spared the attention masks that it would write by default. Each runs
 in a process of its own, one after the other; timed is the work without start-up (imports, Ray's head), but
 with the start of workers on both sides.
